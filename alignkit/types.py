@@ -1,0 +1,128 @@
+"""What flows between the steps of the pipeline: one dataclass a step, a shape on every field.
+
+Letters used in shapes: P prompts and B = P * group_size sequences on this rank (the answers to one prompt are
+neighbours), Lp prompt slots (padded on the left), Lr response slots (padded on the right), V vocabulary.
+A mask is True where the token counts, everywhere.
+
+Nothing here imports torch when it is imported: composing a config stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# {name: (sum, count)}: ranks add sums and counts, and divide once. See `engine.reduce_metrics`.
+Metrics = dict[str, tuple[Any, Any]]
+# One chat message, {"role": ..., "content": ...}; a conversation is a list of them.
+Message = dict[str, str]
+
+
+class InputError(ValueError):
+    """An input is refused: a config, a file, a model or a run folder. The command ends with exit code 2.
+
+    The message names the thing, the value given, the value expected and the fix, on one line.
+    """
+
+
+class RunError(RuntimeError):
+    """A run stops while working: the command ends with exit code 1."""
+
+
+class _Select:
+    """Row selection, shared by every dataclass whose tensors have the sequence as first axis."""
+
+    def select(self, index: Tensor | slice):
+        """The same fields with only the rows of `index` ([N] i64 or a slice)."""
+
+        def pick(value):
+            if value is None or isinstance(value, (int, float, str, bool)):
+                return value
+            if isinstance(value, _Select):
+                return value.select(index)
+            if isinstance(value, dict):
+                return {key: pick(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return value[index] if isinstance(index, slice) else [value[int(i)] for i in index]
+            return value[index]
+
+        return type(self)(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass
+class PromptBatch(_Select):
+    """Prompts of one rank, ready to be answered."""
+
+    prompt_ids: Tensor  # [P, Lp] i64, left-padded
+    prompt_mask: Tensor  # [P, Lp] bool
+    prompt_index: Tensor  # [P] i64, the row of the data set: names the prompt's random streams
+    meta: list[dict[str, Any]]  # P rows as the user wrote them ("prompt", "reference", own columns)
+
+
+@dataclass
+class Rollouts(_Select):
+    """Prompts with one sampled response each."""
+
+    prompt_ids: Tensor  # [B, Lp] i64, left-padded
+    prompt_mask: Tensor  # [B, Lp] bool
+    response_ids: Tensor  # [B, Lr] i64, right-padded
+    response_mask: Tensor  # [B, Lr] bool, True including the stop token
+    rollout_logprobs: Tensor  # [B, Lr] f32, log-probs under the sampler's own law; 0 outside the mask
+    finished: Tensor  # [B] bool, True where a stop token ended the response
+    meta: list[dict[str, Any]]  # B rows
+    policy_version: int  # of the weights that sampled them
+
+    @property
+    def ids(self) -> Tensor:
+        """[B, Lp + Lr] i64: prompt and response."""
+        import torch
+
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, Lp + Lr] bool."""
+        import torch
+
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+
+@dataclass
+class ScoredRollouts(_Select):
+    """Rollouts with one raw score a sequence."""
+
+    rollouts: Rollouts
+    scores: Tensor  # [B] f32, the weighted sum of the parts
+    score_parts: dict[str, Tensor] = field(default_factory=dict)  # {reward name: [B] f32}
+
+
+@dataclass
+class Experience(_Select):
+    """All that an update of policy and critic reads."""
+
+    ids: Tensor  # [B, Lp + Lr] i64
+    mask: Tensor  # [B, Lp + Lr] bool
+    response_mask: Tensor  # [B, Lr] bool
+    old_logprobs: Tensor  # [B, Lr] f32, trainer's, before the first update of this batch
+    ref_logprobs: Tensor  # [B, Lr] f32
+    rollout_logprobs: Tensor  # [B, Lr] f32, the sampler's
+    rewards: Tensor  # [B, Lr] f32, token level, after the KL penalty
+    advantages: Tensor  # [B, Lr] f32, 0 outside the mask
+    values: Tensor | None  # [B, Lr] f32, before the update; None without a critic
+    returns: Tensor | None  # [B, Lr] f32, from unwhitened advantages; None without a critic
+
+
+@dataclass
+class Loss:
+    """A loss before normalisation: `engine` divides once, by the count of the whole optimizer step."""
+
+    total: Tensor  # [] sum over tokens (or sequences)
+    count: Tensor  # [] how many were summed
+    metrics: Metrics = field(default_factory=dict)
+
+
+Rows = Sequence[dict[str, Any]]
