@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -126,3 +127,13 @@ class Loss:
 
 
 Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the weights of a model are, resolved from a hub id, a folder, a run or a packaged demo model."""
+
+    base: str  # hub id or folder of the whole model
+    adapter: Path | None = None  # folder with adapter_model.safetensors on top of it
+    tokenizer: str = ""  # hub id or folder
+    run: Path | None = None  # the finished run it came from

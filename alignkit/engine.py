@@ -1,0 +1,271 @@
+"""DeepSpeed, and nothing else, happens here: processes, optimizers, backward with the right divisor, reductions.
+
+Losses arrive as sums and counts. `Engine.backward` divides by the count of the whole optimizer step over all ranks
+and undoes DeepSpeed's mean over ranks, so neither the micro-batch size nor the number of ranks changes the objective.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alignkit.types import InputError, Loss, Metrics, RunError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass
+class Optimizer:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 1e-4  # at the end of the warm-up
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-5  # as in lm-human-preferences and its successors; 1e-8 is torch's default
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # clip the gradient norm here; 0: do not clip
+    schedule: str = "linear"  # linear (to 0) | cosine (to 0) | constant
+    warmup_steps: int = 0  # optimizer-schedule steps from 0 to learning_rate
+
+    def factor(self, step: int, total: int) -> float:
+        """Learning-rate factor of the update `step` (from 0) of `total`: 1 - step/total when linear, never 0."""
+        import math
+
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+        if self.schedule == "constant":
+            return 1.0
+        return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("linear", "cosine", "constant"):
+            raise InputError(f"optimizer.schedule={self.schedule!r}: expected linear, cosine or constant")
+
+
+@dataclass
+class _ZeRO:
+    """A DeepSpeed config with every key that matters written out."""
+
+    name: str = ""
+    stage: int = 0
+    offload_optimizer: bool = False  # optimizer state in host memory (DeepSpeed's CPU Adam)
+    offload_param: bool = False  # parameters in host memory (stage 3)
+
+    def config(self, *, dtype: str, micro_batch_size: int, world: int, accumulation: int, max_grad_norm: float) -> dict:
+        """The dict given to `deepspeed.initialize` or to TRL. Gradient clipping is always written: its silent default is 1.0."""
+        zero: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": False, "overlap_comm": False}
+        if self.stage:
+            zero |= {"reduce_bucket_size": 5e7, "allgather_bucket_size": 5e7}
+        if self.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self.offload_param:
+            zero["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": micro_batch_size * accumulation * world,
+            "gradient_clipping": max_grad_norm,
+            "bf16": {"enabled": dtype == "bfloat16"},
+            "fp16": {"enabled": False},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": self.offload_optimizer,
+            "steps_per_print": 10**9,
+            "wall_clock_breakdown": False,
+        }
+
+
+@dataclass
+class Zero0(_ZeRO):
+    """No sharding: plain data parallelism."""
+
+    name: str = "zero0"
+    stage: int = 0
+
+
+@dataclass
+class Zero1(_ZeRO):
+    """Optimizer state is sharded over the ranks."""
+
+    name: str = "zero1"
+    stage: int = 1
+
+
+@dataclass
+class Zero2(_ZeRO):
+    """Optimizer state and gradients are sharded."""
+
+    name: str = "zero2"
+    stage: int = 2
+
+
+@dataclass
+class Zero3(_ZeRO):
+    """Optimizer state, gradients and parameters are sharded."""
+
+    name: str = "zero3"
+    stage: int = 3
+
+
+@dataclass
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, element by element; the argument is left as it is."""
+        import torch.distributed as dist
+
+        result = tensor.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(result)
+        return result
+
+    def gather(self, item: Any) -> list[Any]:
+        """One picklable object a rank, in rank order, on every rank."""
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            dist.barrier()
+
+    def reduce_metrics(self, metrics: Metrics) -> dict[str, float]:
+        """{name: (sum, count)} of this rank -> {name: mean over all ranks}, one collective for all names.
+
+        A name that ends in `_max` is reduced by maximum instead; its count is ignored. A name with a global count
+        of 0 is nan. Every rank must bring the same names.
+        """
+        import torch
+        import torch.distributed as dist
+
+        names = sorted(metrics)
+        pairs = torch.tensor([[float(x) for x in metrics[name]] for name in names], dtype=torch.float64).reshape(-1, 2)
+        top = pairs[:, 0].clone()
+        pairs = self.sum(pairs)
+        if self.size > 1 and names:
+            dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        means = pairs[:, 0] / pairs[:, 1]
+        return {n: float(top[i] if n.endswith("_max") else means[i]) for i, n in enumerate(names)}
+
+
+def start() -> World:
+    """Join the process group that the launcher described in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    device = torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu")
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """One optimizer over some parameters of a module that several engines may share."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: list[nn.Parameter],
+        optimizer: Optimizer,
+        zero: _ZeRO,
+        world: World,
+        *,
+        dtype: str,
+        micro_batch_size: int,
+        updates: int,
+    ) -> None:
+        """`updates`: how often `next_update` will be called, the length of the learning-rate schedule.
+
+        Raises:
+            RunError: nothing to train.
+        """
+        import deepspeed
+        import torch
+
+        if not parameters:
+            raise RunError("no trainable parameters: the optimizer would be empty")
+        adam = torch.optim.AdamW(
+            parameters,
+            lr=optimizer.learning_rate,
+            betas=tuple(optimizer.betas),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        config = zero.config(
+            dtype=dtype,
+            micro_batch_size=micro_batch_size,
+            world=world.size,
+            accumulation=1,
+            max_grad_norm=optimizer.max_grad_norm,
+        )
+        self.schedule, self.world, self.updates, self.update = optimizer, world, updates, 0
+        self.engine, self.adam, _, _ = deepspeed.initialize(
+            model=module, optimizer=adam, model_parameters=parameters, config=config, dist_init_required=False
+        )
+        self._set_learning_rate()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A training forward."""
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Loss, count: float, last: bool) -> None:
+        """Accumulate the gradient of `loss.total / count`.
+
+        Args:
+            loss: the sum over this micro-batch on this rank.
+            count: how many tokens (or sequences) the whole optimizer step sums over, on all ranks.
+            last: whether this is the step's last micro-batch on this rank.
+
+        DeepSpeed averages gradients over ranks; multiplying by the world size makes it a sum
+        (Σ_local l / N · world, mean over world = Σ_global l / N).
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss.total * (self.world.size / max(count, 1.0)), scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """One optimizer step; the gradient norm before clipping."""
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def next_update(self) -> None:
+        """Move the learning-rate schedule by one rollout round (not by one optimizer step)."""
+        self.update += 1
+        self._set_learning_rate()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.adam.param_groups[0]["lr"]
+
+    def _set_learning_rate(self) -> None:
+        rate = self.schedule.learning_rate * self.schedule.factor(min(self.update, self.updates - 1), self.updates)
+        for group in self.adam.param_groups:
+            group["lr"] = rate

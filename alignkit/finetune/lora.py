@@ -1,0 +1,148 @@
+"""Low-rank adapters (arXiv 2106.09685): one frozen base, one adapter a role."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit import models
+from alignkit.types import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from alignkit.types import ModelSource
+
+
+@dataclass
+class LoRA:
+    """Adapters of rank `rank` on the frozen base."""
+
+    name: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # in SFT and reward training; PPO runs without
+    target_modules: Any = "all-linear"  # or a list of module names, as in PEFT
+    last_layers: int | None = None  # adapt only the last so many blocks; None: all. Backward stops below them
+
+    def peft_config(self, task_type: str, hf: nn.Module) -> Any:
+        """PEFT's LoraConfig for `hf`."""
+        from peft import LoraConfig
+
+        layers = None
+        if self.last_layers is not None:
+            count = hf.config.num_hidden_layers
+            if not 0 < self.last_layers <= count:
+                raise InputError(f"finetune.last_layers={self.last_layers}: the model has {count} layers")
+            layers = list(range(count - self.last_layers, count))
+        targets = self.target_modules
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            layers_to_transform=layers,
+            task_type=task_type,
+        )
+
+    def roles(
+        self, model: models.Model, source: ModelSource, reward: ModelSource | None, vocab: int, needs_critic: bool, seed: int
+    ) -> nn.Module:
+        """One base with adapters `policy` (trained), `ref_policy` (frozen), `critic` and `reward_model`.
+
+        `policy` and `ref_policy` start as the SFT adapter of `source`; without one the policy is a fresh adapter and
+        the reference is the bare base. `critic` starts as the reward model's adapter and head; without a reward
+        model it is a fresh adapter and head.
+        """
+        import torch
+        from peft import PeftModel, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        torch.manual_seed(seed)
+        hf = models.load_base(source.base, model, vocab)
+        heads: dict[str, nn.Linear] = {}
+        adapters: set[str] = set()
+        if source.adapter is not None:
+            peft = PeftModel.from_pretrained(hf, source.adapter, adapter_name="policy", is_trainable=True, autocast_adapter_dtype=False)
+            peft.load_adapter(source.adapter, adapter_name="ref_policy", autocast_adapter_dtype=False)
+            adapters |= {"policy", "ref_policy"}
+        else:
+            peft = get_peft_model(hf, self.peft_config("CAUSAL_LM", hf), adapter_name="policy", autocast_adapter_dtype=False)
+            adapters |= {"policy"}
+        if reward is not None:
+            if reward.adapter is None or reward.base != source.base:
+                raise InputError(
+                    f"the reward model's base {reward.base} is not the policy's base {source.base}, so their adapters cannot "
+                    "share it; train the reward model from the same SFT run, or use finetune=full"
+                )
+            _load_trunk_adapter(peft, reward.adapter, "reward_model")
+            heads["reward_model"] = models.load_head(reward.adapter)
+            adapters |= {"reward_model"}
+        if needs_critic:
+            if reward is not None:
+                _load_trunk_adapter(peft, reward.adapter, "critic")
+                heads["critic"] = models.load_head(reward.adapter)
+            else:
+                peft.add_adapter("critic", self.peft_config("CAUSAL_LM", hf))
+                heads["critic"] = models.score_head(hf.config.hidden_size)
+            adapters |= {"critic"}
+        models.disable_dropout(peft)
+        layers = [m for m in peft.modules() if isinstance(m, BaseTunerLayer)]
+
+        def switch(role: str) -> None:
+            # Not set_adapter(): it costs tens of milliseconds and resets requires_grad (peft 0.21.2).
+            for layer in layers:
+                layer._active_adapter = [role if role in adapters else "policy"]
+                layer._disable_adapters = role not in adapters
+
+        roles = models.make_roles(dict.fromkeys(("policy", "ref_policy", *heads), hf), heads, switch)
+        roles.peft, roles.adapters = [peft], adapters  # in a list: not a submodule a second time
+        for parameter in roles.parameters():
+            parameter.requires_grad_(False)
+        for role in ("policy", "critic") if needs_critic else ("policy",):
+            for parameter in self.parameters(roles, role):
+                parameter.requires_grad_(True)
+        return roles
+
+    def parameters(self, roles: nn.Module, role: str) -> list[nn.Parameter]:
+        """The adapter of `role` and its head."""
+        own = [p for name, p in roles.models.named_parameters() if f".{role}." in name]
+        return own + (list(roles.heads[role].parameters()) if role in roles.heads else [])
+
+    def sync_payload(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every weight of the base with the policy adapter folded in; the base itself is not touched."""
+        import torch
+        from peft.tuners.lora import LoraLayer
+
+        hf = roles.model("policy")
+        with torch.no_grad():
+            folded = {
+                f"{name}.weight": module.base_layer.weight + module.get_delta_weight("policy")
+                for name, module in hf.named_modules()
+                if isinstance(module, LoraLayer) and "policy" in module.lora_A
+            }
+        for name, tensor in models.named_weights(hf):
+            if ".lora_" not in name:
+                name = name.replace(".base_layer.", ".")
+                yield name, folded.get(name, tensor)
+
+    def save(self, roles: nn.Module, folder: Path) -> None:
+        """The policy adapter, in PEFT's layout, as `<folder>/adapter_model.safetensors`."""
+        peft = roles.peft[0]
+        peft.save_pretrained(folder, selected_adapters=["policy"], save_embedding_layers=False)
+        nested = folder / "policy"  # PEFT nests every adapter that is not called "default"
+        for file in nested.iterdir():
+            file.rename(folder / file.name)
+        nested.rmdir()
+
+
+def _load_trunk_adapter(peft: Any, folder: Path, name: str) -> None:
+    """Load a sequence classifier's adapter onto a causal LM: the same trunk; its head is kept apart, see `load_head`."""
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(folder)
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    peft.add_adapter(name, config, autocast_adapter_dtype=False)
+    models.copy_adapter(peft, folder, name)

@@ -1,0 +1,77 @@
+"""Start a stage on this machine with DeepSpeed's launcher, its output in `logs/`, its progress on one line."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignkit.log import PROGRESS, follow
+from alignkit.types import InputError
+
+
+@dataclass
+class Local:
+    """DeepSpeed's launcher on this machine."""
+
+    name: str = "local"
+    num_ranks: int = 1  # processes: devices on a GPU machine, any number on a CPU
+    threads: int | None = None  # CPU threads a rank; None: the cores divided by the ranks
+    port: int | None = None  # of the ranks' rendezvous; None: a free one
+
+    def command(self, stage: str, run_dir: Path, port: int) -> list[str]:
+        """The launch command: a pure function of its arguments and this config."""
+        return [
+            *(sys.executable, "-m", "deepspeed.launcher.runner"),
+            *("--no_local_rank", "--num_gpus", str(self.num_ranks), "--master_port", str(port)),
+            *("--module", "alignkit.run", stage, str(run_dir)),
+        ]
+
+    def environment(self, cores: int) -> dict[str, str]:
+        """What the ranks find in their environment beside the caller's own."""
+        # DeepSpeed builds its shared-memory collectives with the ninja beside this Python.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        threads = str(self.threads or max(1, cores // self.num_ranks))
+        return {"PATH": path, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+
+    def run(self, stage: str, run_dir: Path, label: str) -> dict | None:
+        """Start the ranks, show their progress, wait. Returns the last error event, or None.
+
+        Whether the stage succeeded is its manifest's status: a launcher whose child dies of a signal exits with 0.
+        Ctrl-C is passed on to the ranks, which end as they see fit.
+        """
+        if self.num_ranks < 1:
+            raise InputError(f"launcher.num_ranks={self.num_ranks}: expected 1 or more")
+        log = run_dir / "logs" / f"{stage}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = self.command(stage, run_dir, self.port or free_port())
+        environment = os.environ | self.environment(len(os.sched_getaffinity(0)))
+        environment.pop("HYDRA_FULL_ERROR", None)
+        seen = (run_dir / PROGRESS).stat().st_size if (run_dir / PROGRESS).exists() else 0
+        with log.open("a") as output:
+            output.write(f"$ {shlex.join(command)}\n")
+            output.flush()
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+            try:
+                return follow(run_dir / PROGRESS, process, label, offset=seen)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    try:
+                        process.wait(20)
+                    except subprocess.TimeoutExpired:
+                        os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

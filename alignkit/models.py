@@ -1,0 +1,320 @@
+"""Base models, heads and what is read off them: log-probs, entropies, values and scores of responses.
+
+The only shift of logits in the code is `response_hidden`: the token in slot i is predicted by the state in slot i - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from alignkit.types import InputError, ModelSource
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+HEAD_FILE = "score_head.safetensors"  # {"weight": [1, d], "bias": [1]}: the bias is the score normalisation
+
+
+@dataclass
+class Model:
+    """A language model: where it is and how it is held."""
+
+    path: str = MISSING  # hub id, folder, a finished run (runs/<name>/sft) or demo:smollm2-135m-instruct
+    dtype: str = "float32"  # float32 | bfloat16
+    trust_remote_code: bool = False  # run Python code that comes with the model
+    chat_template: str | None = None  # a file with a Jinja chat template; None: the tokenizer's own
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"model.dtype={self.dtype!r}: expected float32 or bfloat16")
+
+
+def load_base(path: str, model: Model, vocab: int, auto_class: str = "AutoModelForCausalLM", **kwargs: Any) -> PreTrainedModel:
+    """A transformers model without dropout, safetensors only, its embedding grown to `vocab` rows where it has fewer."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    for key in [k for k in config.to_dict() if k.endswith(("dropout", "_pdrop", "drop_rate"))]:
+        if isinstance(getattr(config, key, None), float):
+            setattr(config, key, 0.0)
+    for key, value in kwargs.items():
+        setattr(config, key, value)
+    hf = getattr(transformers, auto_class).from_pretrained(
+        path,
+        config=config,
+        dtype=getattr(torch, model.dtype),
+        use_safetensors=True,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if vocab > hf.get_input_embeddings().weight.shape[0]:
+        hf.resize_token_embeddings(vocab, mean_resizing=False)
+    hf.config.use_cache = False
+    disable_dropout(hf)
+    return hf
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Set every nn.Dropout to 0: ratios of log-probs compare the same function twice."""
+    from torch import nn
+
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """[B, L] bool -> [B, L] i64: 0, 1, 2, … over the valid slots, wherever the padding is (lm-human-preferences)."""
+    mask = mask.long()
+    return (mask.cumsum(1) - mask).clamp(min=0)
+
+
+def score_head(hidden_size: int, generator: torch.Generator | None = None) -> nn.Linear:
+    """A scalar head: weight ~ N(0, 1/(d+1)), bias 0 (summarize-from-feedback's init_scale), float32."""
+    import torch
+
+    head = torch.nn.Linear(hidden_size, 1)
+    torch.nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5, generator=generator)
+    torch.nn.init.zeros_(head.bias)
+    return head
+
+
+def save_head(head: nn.Linear, folder: Path) -> None:
+    """Write `score_head.safetensors`."""
+    from safetensors.torch import save_file
+
+    save_file({"weight": head.weight.detach().float().cpu().clone(), "bias": head.bias.detach().float().cpu().clone()}, folder / HEAD_FILE)
+
+
+def load_head(folder: Path) -> nn.Linear:
+    """Read `score_head.safetensors`."""
+    import torch
+    from safetensors.torch import load_file
+
+    if not (folder / HEAD_FILE).is_file():
+        raise InputError(f"{folder} is no reward model: it has no {HEAD_FILE}; give the folder of a finished reward run")
+    tensors = load_file(folder / HEAD_FILE)
+    head = torch.nn.Linear(tensors["weight"].shape[1], 1)
+    head.load_state_dict(tensors)
+    return head
+
+
+def trunk_hidden(hf: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states [B, L, d]. Padded ids are replaced by 0 and never attended."""
+    ids = ids.masked_fill(~mask, 0)
+    return hf.base_model(
+        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+    ).last_hidden_state
+
+
+def response_hidden(hidden: Tensor, response_slots: int) -> Tensor:
+    """[B, Lp + Lr, d] -> [B, Lr, d]: the states that predict the response tokens (and hold the values before them)."""
+    length = hidden.shape[1]
+    return hidden[:, length - response_slots - 1 : length - 1]
+
+
+def last_valid(hidden: Tensor, mask: Tensor) -> Tensor:
+    """[B, L, d], [B, L] -> [B, d]: the state of the last valid token of every row."""
+    import torch
+
+    slots = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, slots, -1).amax(dim=1).clamp(min=0)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+def make_roles(models: dict[str, PreTrainedModel], heads: dict[str, nn.Linear], switch: Callable[[str], None]) -> nn.Module:
+    """Policy, ref_policy, critic and reward_model as one module, the thing DeepSpeed engines are built over.
+
+    Args:
+        models: {role: transformers causal LM}; the same object may serve several roles.
+        heads: {"critic" | "reward_model": scalar head}.
+        switch: called with the role before each forward; makes a shared model compute with that role's weights.
+
+    The module's `forward(role, ids, mask, response_slots, temperature=1.0, entropy=False)` takes ids [B, L] i64 and
+    mask [B, L] bool, left-padded prompt then right-padded response, and returns by role
+      policy, ref_policy: (log-probs of the response tokens [B, Lr] f32, entropies [B, Lr] f32 or None),
+      critic: values [B, Lr] f32, each before its response token,
+      reward_model: scores [B] f32, read at the last valid token.
+    """
+    from torch import nn
+
+    from alignkit.algorithms import functional as F
+
+    class Roles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.role_of: dict[str, int] = {}
+            unique: list[PreTrainedModel] = []
+            for role, hf in models.items():
+                known = [i for i, other in enumerate(unique) if other is hf]
+                self.role_of[role] = known[0] if known else len(unique)
+                unique += [] if known else [hf]
+            self.models = nn.ModuleList(unique)
+            self.heads = nn.ModuleDict(heads)
+
+        def model(self, role: str) -> PreTrainedModel:
+            return self.models[self.role_of[role]]
+
+        def switch(self, role: str) -> None:
+            switch(role)
+
+        def forward(self, role, ids, mask, response_slots, temperature=1.0, entropy=False):
+            switch(role)
+            hf = self.model(role)
+            hidden = trunk_hidden(hf, ids, mask)
+            if role == "reward_model":
+                return apply_head(self.heads[role], last_valid(hidden, mask))
+            hidden = response_hidden(hidden, response_slots)
+            if role == "critic":
+                return apply_head(self.heads[role], hidden)
+            logits = hf.get_output_embeddings()(hidden)
+            logprobs = F.response_logprobs(logits, ids[:, -response_slots:], temperature)
+            return logprobs, (F.entropy(logits, temperature) if entropy else None)
+
+    return Roles()
+
+
+def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Scalar head in float32: [..., d] -> [...]."""
+    return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+
+def map_rows(
+    function: Callable[[Tensor, Tensor, int], Any], ids: Tensor, mask: Tensor, response_slots: int, micro_batch_size: int
+) -> Any:
+    """Run a no-grad forward over all rows, in micro-batches of like length with the padding cut off.
+
+    Args:
+        function: (ids [b, l], mask [b, l], slots) -> [b], [b, slots] or a tuple of those (None entries allowed).
+        ids, mask: [B, L] prompt (left-padded) and response (right-padded).
+        response_slots: Lr, how many of the L slots are the response's.
+
+    Returns:
+        What `function` returns, for all B rows in their order, with Lr slots again, 0 where cut.
+    """
+    import torch
+
+    device = ids.device
+    results: list[Any] = []
+    order = []
+    with torch.no_grad():
+        for index in by_length(mask, micro_batch_size):
+            cut_ids, cut_mask, slots = trim(ids[index], mask[index], response_slots)
+            results.append(function(cut_ids, cut_mask, slots))
+            order.append(index)
+    back = torch.cat(order).argsort()
+
+    def whole(parts: list[Any]) -> Any:
+        if parts[0] is None:
+            return None
+        if isinstance(parts[0], tuple):
+            return tuple(whole(list(column)) for column in zip(*parts, strict=True))
+        return torch.cat([pad_slots(part, response_slots) if part.dim() == 2 else part for part in parts])[back].to(device)
+
+    return whole(results)
+
+
+def by_length(mask: Tensor, micro_batch_size: int) -> list[Tensor]:
+    """Row indices [b] of micro-batches, rows of like length together, longest first (memory peaks at once)."""
+    order = mask.sum(1).argsort(descending=True, stable=True)
+    return list(order.split(micro_batch_size))
+
+
+def trim(ids: Tensor, mask: Tensor, response_slots: int) -> tuple[Tensor, Tensor, int]:
+    """Cut the slots that are padding in every row, left of the prompts and right of the responses.
+
+    At least one response slot stays. Returns (ids, mask, response slots left).
+    """
+    length = mask.shape[1]
+    prompt_slots = length - response_slots
+    prompt_kept = int(mask[:, :prompt_slots].sum(1).max()) if prompt_slots else 0
+    kept = max(1, int(mask[:, prompt_slots:].sum(1).max()))
+    window = slice(prompt_slots - prompt_kept, prompt_slots + kept)
+    return ids[:, window], mask[:, window], kept
+
+
+def pad_slots(x: Tensor, slots: int) -> Tensor:
+    """[b, s] -> [b, slots], zeros on the right."""
+    import torch
+
+    return torch.nn.functional.pad(x, (0, slots - x.shape[1]))
+
+
+def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every weight as its checkpoint names it, tied copies once."""
+    tied = set(getattr(hf, "_tied_weights_keys", None) or ()) if hf.config.tie_word_embeddings else set()
+    for name, tensor in hf.state_dict().items():
+        if name not in tied:
+            yield name, tensor
+
+
+def load_policy(source: ModelSource, model: Model, vocab: int) -> PreTrainedModel:
+    """A whole causal LM for inference, its adapter (if any) folded in."""
+    hf = load_base(source.base, model, vocab)
+    if source.adapter is not None:
+        from peft import PeftModel
+
+        hf = PeftModel.from_pretrained(hf, source.adapter, autocast_adapter_dtype=False).merge_and_unload()
+    return hf.requires_grad_(False)
+
+
+def continue_adapter(hf: PreTrainedModel, adapter: Path) -> Any:
+    """`hf` with a trainable copy of a trained adapter."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False)
+
+
+def classification_head(hidden_size: int, generator: torch.Generator, dtype: torch.dtype) -> nn.Linear:
+    """The scalar head as transformers' sequence classifiers hold it (`score`, no bias); see `score_head`."""
+    import torch
+
+    head = torch.nn.Linear(hidden_size, 1, bias=False)
+    torch.nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5, generator=generator)
+    return head.to(dtype)
+
+
+def adapt_for_scores(hf: PreTrainedModel, peft_config: Any, start: Path | None) -> Any:
+    """A sequence classifier with a LoRA adapter and a trained head; the adapter starts as the one in `start`, if any."""
+    from peft import get_peft_model
+
+    if start is not None:
+        saved = type(peft_config).from_pretrained(start)  # the shape of the adapter that it continues
+        saved.task_type, saved.inference_mode, saved.lora_dropout = peft_config.task_type, False, peft_config.lora_dropout
+        saved.base_model_name_or_path = hf.config._name_or_path
+        peft_config = saved
+    peft = get_peft_model(hf, peft_config, autocast_adapter_dtype=False)
+    if start is not None:
+        copy_adapter(peft, start, "default")
+    return peft
+
+
+def copy_adapter(peft: Any, folder: Path, name: str) -> None:
+    """Overwrite adapter `name` with the LoRA weights saved in `folder`; heads saved beside them are left out.
+
+    Raises:
+        InputError: the saved weights are not exactly those of the adapter.
+    """
+    import torch
+    from peft.utils import load_peft_weights
+
+    saved = {key: tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items() if ".lora_" in key}
+    own = {n.replace(f".{name}.", "."): p for n, p in peft.named_parameters() if f".{name}." in n and ".lora_" in n}
+    if own.keys() != saved.keys():
+        odd = sorted(own.keys() ^ saved.keys())
+        raise InputError(f"{folder}: its adapter does not fit the base: {len(odd)} weights differ in name, as {odd[0]}")
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(saved[key])
+
+
+def single_role(hf: PreTrainedModel) -> nn.Module:
+    """A roles module with nothing but a policy, for stages that only sample and score."""
+    return make_roles({"policy": hf}, {}, switch=lambda role: None)

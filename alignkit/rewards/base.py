@@ -1,0 +1,65 @@
+"""What rewards are started with, and how several become one score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alignkit.types import Rollouts, RunError, ScoredRollouts
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Scorer = Callable[[Rollouts], "Tensor"]
+
+
+@dataclass
+class Context:
+    """What a reward may use."""
+
+    tokenizer: Any
+    roles: nn.Module | None = None  # holds role reward_model, where a learned reward is among the rewards
+    micro_batch_size: int = 8
+
+
+def text_scorer(context: Context, function: Callable[[list, list[str], list[dict]], list[float]], name: str) -> Scorer:
+    """A function of texts as a function of rollouts. Responses are decoded without special tokens.
+
+    Raises (when called):
+        RunError: the function returns another number of scores than responses, or one that is no finite number.
+    """
+
+    def score(rollouts: Rollouts) -> Tensor:
+        import torch
+
+        responses = response_texts(context.tokenizer, rollouts)
+        values = function([row.get("prompt") for row in rollouts.meta], responses, rollouts.meta)
+        scores = torch.as_tensor(values, dtype=torch.float32)
+        if scores.shape != (len(responses),):
+            raise RunError(f"reward {name}: {tuple(scores.shape)} scores for {len(responses)} responses; expected one a response")
+        if not torch.isfinite(scores).all():
+            bad = int((~torch.isfinite(scores)).nonzero()[0])
+            raise RunError(f"reward {name}: score {float(scores[bad])} for response {responses[bad]!r}; expected a finite number")
+        return scores
+
+    return score
+
+
+def response_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
+    """The valid response tokens of every row as text, without special tokens."""
+    rows = zip(rollouts.response_ids.tolist(), rollouts.response_mask.tolist(), strict=True)
+    kept = [[token for token, valid in zip(ids, mask, strict=True) if valid] for ids, mask in rows]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def start_all(rewards: dict[str, Any], context: Context) -> Callable[[Rollouts], ScoredRollouts]:
+    """The weighted sum of all rewards as one function; every part is kept under its name."""
+    scorers = {name: (item.weight, item.start(context)) for name, item in rewards.items()}
+
+    def score(rollouts: Rollouts) -> ScoredRollouts:
+        parts = {name: scorer(rollouts) for name, (_, scorer) in scorers.items()}
+        total = sum(weight * parts[name] for name, (weight, _) in scorers.items())
+        return ScoredRollouts(rollouts, total, parts)
+
+    return score

@@ -1,0 +1,120 @@
+"""What every rollout engine is asked for, and the parts they share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from alignkit.types import InputError, ModelSource, PromptBatch, Rollouts
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass
+class Sampling:
+    """The sampler's law, the same in every engine."""
+
+    temperature: float = 1.0  # of the sampler, policy, old, reference and entropy alike
+    max_new_tokens: int = 64  # slots of a response, the stop token included
+    stop_token_ids: list[int] | None = None  # stop there as well as at the tokenizer's eos
+
+    def check(self) -> None:
+        """Raise InputError for a law no log-prob can be taken of."""
+        if not self.temperature > 0:
+            raise InputError(f"rollout.temperature={self.temperature}: expected more than 0 (0 would be greedy, without log-probs)")
+        if self.max_new_tokens < 1:
+            raise InputError(f"rollout.max_new_tokens={self.max_new_tokens}: expected 1 or more")
+
+
+class Sampler(Protocol):
+    """A started engine."""
+
+    def generate(self, prompts: PromptBatch, group_size: int, seed: int, step: int) -> Rollouts:
+        """`group_size` responses a prompt, siblings adjacent."""
+
+    def sync_weights(self, payload: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
+        """Make the engine answer with the policy's present weights, called `version` from now on."""
+
+    def use(self, roles: nn.Module) -> None:
+        """Sample for another module from the next `sync_weights` on."""
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+
+
+@dataclass
+class Context:
+    """What an engine is started with."""
+
+    base: str  # hub id or folder of the base model
+    dtype: str
+    seed: int
+    max_model_len: int  # prompt + response slots
+    eos_id: int
+    pad_id: int
+    max_sequences: int  # at once
+    trust_remote_code: bool = False
+    roles: nn.Module | None = None  # the trainer's module, for engines that sample with it
+
+    @classmethod
+    def of(cls, cfg: Any, source: ModelSource, tokenizer: Any, *, max_sequences: int, roles: nn.Module) -> Context:
+        """The context of a stage's config."""
+        return cls(
+            base=source.base,
+            dtype=cfg.model.dtype,
+            seed=cfg.seed,
+            max_model_len=cfg.max_prompt_length + cfg.rollout.max_new_tokens,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            max_sequences=max_sequences,
+            trust_remote_code=cfg.model.trust_remote_code,
+            roles=roles,
+        )
+
+
+def stream_seed(seed: int, step: int, prompt: int, sample: int) -> int:
+    """The random stream of one response (31 bits): keyed by run, step, prompt and sample, so neither batching nor ranks matter."""
+    key = f"{seed}/{step}/{prompt}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
+
+
+def pack_rollouts(
+    prompts: PromptBatch,
+    group_size: int,
+    tokens: list[list[int]],
+    logprobs: list[list[float]],
+    finished: list[bool],
+    context: Context,
+    version: int,
+    max_new_tokens: int,
+) -> Rollouts:
+    """Lists of B = P * group_size responses -> padded tensors of `max_new_tokens` slots."""
+    import torch
+
+    rows = len(tokens)
+    ids = torch.full((rows, max_new_tokens), context.pad_id, dtype=torch.long)
+    mask = torch.zeros((rows, max_new_tokens), dtype=torch.bool)
+    taken = torch.zeros((rows, max_new_tokens), dtype=torch.float32)
+    for row, (response, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+        n = len(response)
+        ids[row, :n] = torch.tensor(response, dtype=torch.long)
+        mask[row, :n] = True
+        taken[row, :n] = torch.tensor(logprob, dtype=torch.float32)
+
+    def repeat(x: Any) -> Any:
+        return x.repeat_interleave(group_size, dim=0)
+
+    meta = [row | {"prompt_index": int(i)} for row, i in zip(prompts.meta, prompts.prompt_index, strict=True)]
+    return Rollouts(
+        prompt_ids=repeat(prompts.prompt_ids),
+        prompt_mask=repeat(prompts.prompt_mask),
+        response_ids=ids,
+        response_mask=mask,
+        rollout_logprobs=taken,
+        finished=torch.tensor(finished, dtype=torch.bool),
+        meta=[row for row in meta for _ in range(group_size)],
+        policy_version=version,
+    )

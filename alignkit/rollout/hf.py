@@ -1,0 +1,79 @@
+"""Sampling with the trainer's own forward: slow, obvious, and the twin the fast engine is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from alignkit.rollout.base import Context, Sampling, pack_rollouts, stream_seed
+from alignkit.types import PromptBatch, Rollouts
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass
+class HF(Sampling):
+    """transformers' forward with its key-value cache, one token at a time."""
+
+    name: str = "hf"
+
+    def start(self, context: Context) -> HFSampler:
+        """Samples with `context.roles`."""
+        return HFSampler(self, context)
+
+
+class HFSampler:
+    """Samples with the very weights that train, so there is nothing to sync and the gap is rounding."""
+
+    def __init__(self, sampling: HF, context: Context) -> None:
+        self.sampling, self.context, self.version, self.role = sampling, context, 0, "policy"
+
+    def sync_weights(self, payload: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
+        self.version = version
+
+    def use(self, roles: nn.Module) -> None:
+        self.context.roles = roles
+
+    def generate(self, prompts: PromptBatch, group_size: int, seed: int, step: int) -> Rollouts:
+        import torch
+
+        from alignkit.models import position_ids
+
+        roles, context, law = self.context.roles, self.context, self.sampling
+        roles.switch(self.role)
+        hf = roles.model(self.role)
+        ids = prompts.prompt_ids.repeat_interleave(group_size, 0).to(hf.device)
+        mask = prompts.prompt_mask.repeat_interleave(group_size, 0).to(hf.device)
+        seeds = [stream_seed(seed, step, int(p), k) for p in prompts.prompt_index for k in range(group_size)]
+        streams = [torch.Generator(hf.device).manual_seed(s) for s in seeds]
+        stops = torch.tensor([context.eos_id, *(law.stop_token_ids or [])], device=hf.device)
+        rows, done, cache = len(ids), torch.zeros(len(ids), dtype=torch.bool, device=hf.device), None
+        tokens: list[list[int]] = [[] for _ in range(rows)]
+        logprobs: list[list[float]] = [[] for _ in range(rows)]
+        step_ids, positions = ids.masked_fill(~mask, 0), position_ids(mask)
+        with torch.no_grad():
+            for _ in range(law.max_new_tokens):
+                out = hf(
+                    input_ids=step_ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1,
+                )  # fmt: skip
+                cache = out.past_key_values
+                law_logprobs = (out.logits[:, -1].float() / law.temperature).log_softmax(-1)
+                # Exponential races: argmin E/p with E ~ Exp(1) is a draw from p, one stream a row.
+                race = torch.stack([torch.empty(law_logprobs.shape[1], device=hf.device).exponential_(generator=g) for g in streams])
+                drawn = (law_logprobs - race.log()).argmax(-1)
+                picked = law_logprobs.gather(1, drawn[:, None]).squeeze(1)
+                for row in (~done).nonzero().flatten().tolist():
+                    tokens[row].append(int(drawn[row]))
+                    logprobs[row].append(float(picked[row]))
+                step_ids, positions = drawn[:, None], mask.sum(1, keepdim=True)
+                mask = torch.cat([mask, ~done[:, None]], dim=1)
+                done = done | torch.isin(drawn, stops)
+                if done.all():
+                    break
+        return pack_rollouts(prompts, group_size, tokens, logprobs, done.tolist(), context, self.version, law.max_new_tokens)
+
+    def close(self) -> None:
+        """Nothing of its own to free."""

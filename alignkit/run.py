@@ -1,0 +1,55 @@
+"""What each rank executes: `python -m alignkit.run <stage> <run_dir>`, started by a launcher.
+
+Reads `<run_dir>/config.yaml` and nothing else, joins its peers, runs the stage, and has rank 0 write the manifest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+
+def main() -> int:
+    """The exit code: 0 done, 1 failed, 2 an input was refused."""
+    stage, run_dir = sys.argv[1], Path(sys.argv[2])
+    rank = int(os.environ["RANK"])
+
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns in every process
+
+    from alignkit import artifacts, config, engine
+    from alignkit.log import RunLog
+    from alignkit.types import InputError
+
+    cfg = config.load(run_dir / "config.yaml", stage)
+    started = time.time()
+    with RunLog(run_dir, stage, rank, cfg.logger, artifacts.plain_config(run_dir)) as log:
+        try:
+            world = engine.start()
+            metrics, facts = importlib.import_module(f"alignkit.stages.{stage}").main(cfg, world, log)
+            world.barrier()
+        except Exception as error:
+            kind = "input" if isinstance(error, InputError) else "run"
+            log.error(kind, f"{error}" if kind == "input" else f"{type(error).__name__}: {error}")
+            if rank == 0:
+                artifacts.write_manifest(run_dir, status="failed", error=f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(2 if kind == "input" else 1)  # peers may hang in a collective: the launcher ends them
+        if rank == 0:
+            artifacts.write_manifest(run_dir, **facts, metrics=metrics, seconds=round(time.time() - started, 1), status="done")
+    engine.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # engines leave threads behind that would hold the process

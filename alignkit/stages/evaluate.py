@@ -1,0 +1,112 @@
+"""Answer held-out prompts with several policies, score the answers, and compare the policies prompt by prompt."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+
+from alignkit import artifacts, data, models
+from alignkit.config import Evaluate
+from alignkit.engine import World
+from alignkit.log import RunLog, write_atomic
+from alignkit.rewards import base as rewards
+from alignkit.rollout import base as rollout
+
+
+def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
+    # 1. Prompts; every policy must speak with the same tokenizer.
+    sources = {name: artifacts.resolve_model(path, f"policies.{name}") for name, path in cfg.policies.items()}
+    reference = cfg.reference or next(iter(sources))
+    main_source = sources[reference]
+    tokenizer = data.load_tokenizer(main_source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template)
+    rows = cfg.data.rows("prompt")
+    prompts, dropped = data.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    log.note(f"prompts: {dropped.describe()}")
+    batch = data.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
+    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
+    ref = models.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)
+    ref_roles = models.single_role(ref)
+
+    # 2. Sample with each policy, on the same random streams, and take the KL to the reference on what it said.
+    sampler, samples = None, []
+    with log.progress("evaluating", len(sources), unit="policy") as bar:
+        for version, (name, source) in enumerate(sources.items(), start=1):
+            hf = ref if name == reference else models.load_policy(source, cfg.model, len(tokenizer)).to(world.device)
+            roles = ref_roles if name == reference else models.single_role(hf)
+            if sampler is None:
+                sampler = cfg.rollout.start(
+                    rollout.Context.of(cfg, source, tokenizer, max_sequences=len(batch.prompt_ids) * cfg.group_size, roles=roles)
+                )
+            sampler.use(roles)
+            sampler.sync_weights(lambda hf=hf: models.named_weights(hf), version=version)
+            scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
+            kl = torch.zeros(len(scored.scores)) if name == reference else kl_to(ref_roles, roles, scored.rollouts, cfg.rollout.temperature)
+            texts = rewards.response_texts(tokenizer, scored.rollouts)
+            for i, text in enumerate(texts):
+                meta = scored.rollouts.meta[i]
+                samples.append(
+                    {
+                        "prompt_index": meta["prompt_index"], "prompt": meta["prompt"], "policy": name, "response": text,
+                        "score": float(scored.scores[i]), "finished": bool(scored.rollouts.finished[i]),
+                        "length": int(scored.rollouts.response_mask[i].sum()), "kl": float(kl[i]),
+                    }
+                )  # fmt: skip
+            bar.update(version, **{name: float(scored.scores.mean())})
+            del hf, roles
+    sampler.close()
+
+    # 3. Means with intervals, differences to the reference prompt by prompt.
+    order = {name: i for i, name in enumerate(sources)}
+    samples = sorted((s for share in world.gather(samples) for s in share), key=lambda s: (s["prompt_index"], order[s["policy"]]))
+    results = summarize(samples, list(sources), reference, cfg.bootstrap, cfg.seed) | {"reward": "+".join(cfg.rewards)}
+    if world.rank == 0:
+        write_atomic(cfg.run_dir / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+        write_atomic(cfg.run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    metrics = {f"{name}/{key}": value for name, entry in results["policies"].items() for key, value in entry.items()}
+    log.log(0, metrics)
+    facts = artifacts.describe(
+        main_source, tokenizer_hash=data.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None
+    )
+    return metrics, facts
+
+
+def kl_to(ref_roles, roles, rollouts, temperature: float) -> torch.Tensor:
+    """Per-response KL estimate to the reference in nats [B]: Σ_t (logprob - ref_logprob) over the valid tokens."""
+
+    def logprobs(module):
+        device = next(module.parameters()).device
+        return models.map_rows(
+            lambda ids, mask, slots: module("policy", ids, mask, slots, temperature)[0],
+            rollouts.ids.to(device), rollouts.mask.to(device), rollouts.response_ids.shape[1], 16,
+        ).cpu()  # fmt: skip
+
+    return ((logprobs(roles) - logprobs(ref_roles)) * rollouts.response_mask).sum(1)
+
+
+def summarize(samples: list[dict], names: list[str], reference: str, resamples: int, seed: int) -> dict:
+    """Means per policy and paired differences to the reference, each with a 95 % bootstrap interval over prompts."""
+    prompts = sorted({s["prompt_index"] for s in samples})
+    place = {p: i for i, p in enumerate(prompts)}
+    totals = {name: np.zeros((len(prompts), 2)) for name in names}
+    for s in samples:
+        totals[s["policy"]][place[s["prompt_index"]]] += (s["score"], 1)
+    means = {name: t[:, 0] / t[:, 1] for name, t in totals.items()}  # [prompts] of each policy
+    of = {name: [s for s in samples if s["policy"] == name] for name in names}
+    policies = {
+        name: bootstrap(means[name], resamples, seed)
+        | {key: float(np.mean([s[key] for s in of[name]])) for key in ("kl", "length", "finished")}
+        for name in names
+    }
+    differences = {
+        f"{name}_minus_{reference}": bootstrap(means[name] - means[reference], resamples, seed) for name in names if name != reference
+    }
+    return {"prompts": len(prompts), "reference": reference, "policies": policies, "differences": differences}
+
+
+def bootstrap(values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+    """Mean of one value a prompt, with the 2.5 % and 97.5 % quantiles of the means of resampled prompts (Efron 1979)."""
+    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
+    return {"mean": float(values.mean()), "ci_low": float(low), "ci_high": float(high)}

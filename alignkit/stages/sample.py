@@ -1,0 +1,80 @@
+"""Sample N answers a prompt, score them, and write the best and the worst as a preference pair."""
+
+from __future__ import annotations
+
+import json
+
+from alignkit import artifacts, data, models
+from alignkit.config import Sample
+from alignkit.engine import World
+from alignkit.log import RunLog, write_atomic
+from alignkit.rewards import base as rewards
+from alignkit.rollout import base as rollout
+from alignkit.types import InputError
+
+
+def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
+    # 1. Policy, prompts and the engine that answers them.
+    source = artifacts.resolve_model(cfg.model.path)
+    tokenizer = data.load_tokenizer(source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template)
+    rows = cfg.data.rows("prompt")
+    prompts, dropped = data.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    log.note(f"prompts: {dropped.describe()}")
+    mine = prompts[world.rank :: world.size]
+    with log.progress("starting the engine", 0):
+        hf = models.load_policy(source, cfg.model, len(tokenizer)).to(world.device)
+        sampler = cfg.rollout.start(
+            rollout.Context.of(cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=models.single_role(hf))
+        )
+        sampler.sync_weights(lambda: models.named_weights(hf), version=1)
+    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
+
+    # 2. Sample and score, a chunk at a time.
+    pairs, answered, kept = [], [], 0
+    chunk = 32
+    with log.progress("sampling", len(prompts), unit="prompt") as bar:
+        for start in range(0, len(mine), chunk):
+            batch = data.collate_prompts(mine[start : start + chunk], tokenizer.pad_token_id)
+            scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
+            texts = rewards.response_texts(tokenizer, scored.rollouts)
+            for first in range(0, len(texts), cfg.group_size):
+                group = slice(first, first + cfg.group_size)
+                pair = make_pair(
+                    scored.rollouts.meta[first], texts[group], scored.scores[group].tolist(), scored.rollouts.finished[group].tolist(), cfg.min_margin
+                )
+                pairs += [pair] if pair else []
+                answered += scored.scores[group].tolist()
+            kept = len(pairs)
+            bar.update(min((start + chunk) * world.size, len(prompts)), pairs=kept * world.size, score=sum(answered) / len(answered))
+    sampler.close()
+
+    # 3. Write the pairs of all ranks in the order of the prompts.
+    shares = world.gather((pairs, answered))
+    pairs = sorted((pair for share, _ in shares for pair in share), key=lambda pair: pair["prompt_index"])
+    scores = [s for _, share in shares for s in share]
+    skipped = len(prompts) - len(pairs)
+    log.note(f"{len(pairs)} pairs of {len(prompts)} prompts; {skipped} had no two finished answers with scores more than {cfg.min_margin} apart")
+    if not pairs:
+        raise InputError("no pair came out: every prompt's answers scored alike; raise group_size or rollout.temperature")
+    log.samples(0, pairs[:16])
+    if world.rank == 0:
+        write_atomic(cfg.run_dir / "pairs.jsonl", "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    metrics = {"prompts": len(prompts), "pairs": len(pairs), "skipped": skipped, "score_mean": sum(scores) / len(scores)}
+    facts = artifacts.describe(
+        source, tokenizer_hash=data.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None
+    )
+    return metrics, facts
+
+
+def make_pair(meta: dict, texts: list[str], scores: list[float], finished: list[bool], min_margin: float) -> dict | None:
+    """Best against worst of the finished, non-empty, distinct answers to one prompt; None where they score alike."""
+    answers = [(s, t.strip()) for s, t, f in zip(scores, texts, finished, strict=True) if f and t.strip()]
+    if len(answers) < 2:
+        return None
+    (low, worst), (high, best) = min(answers, key=lambda a: a[0]), max(answers, key=lambda a: a[0])
+    if high - low <= min_margin or best == worst:
+        return None
+    return {
+        "prompt": meta["prompt"], "chosen": best, "rejected": worst,
+        "chosen_score": high, "rejected_score": low, "prompt_index": meta["prompt_index"],
+    }  # fmt: skip

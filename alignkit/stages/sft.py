@@ -1,0 +1,62 @@
+"""Supervised fine-tuning: TRL's SFTTrainer on prompts and completions, the loss on completion tokens and the end token."""
+
+from __future__ import annotations
+
+from trl import SFTConfig, SFTTrainer
+
+from alignkit import artifacts, data, models
+from alignkit.config import SFT
+from alignkit.engine import World
+from alignkit.log import RunLog
+from alignkit.stages import _trl
+
+
+def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
+    # 1. Rows and tokens.
+    source = artifacts.resolve_model(cfg.model.path)
+    tokenizer = data.load_tokenizer(source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template)
+    rows, held_out = _trl.split_rows(cfg)
+    train, dropped = data.sft_dataset(rows, tokenizer, cfg.max_length)
+    log.note(f"training rows: {dropped.describe()}")
+    evaluation = None
+    if held_out:
+        evaluation, dropped = data.sft_dataset(held_out, tokenizer, cfg.max_length)
+        log.note(f"held-out rows: {dropped.describe()}")
+
+    # 2. The base, and what of it trains.
+    hf = models.load_base(source.base, cfg.model, len(tokenizer))
+    if source.adapter is not None:
+        hf = models.continue_adapter(hf, source.adapter)
+    trainer = SFTTrainer(
+        model=hf,
+        args=_trl.arguments(
+            SFTConfig,
+            cfg,
+            world,
+            max_length=None,  # over-long rows were left out whole, and counted
+            completion_only_loss=True,
+            neftune_noise_alpha=cfg.neftune_noise_alpha,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=None if source.adapter is not None else cfg.finetune.peft_config("CAUSAL_LM", hf),
+        callbacks=[_trl.Reporter(log, {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}, ("policy/loss",))],
+    )
+
+    # 3. Train, measure on the held-out rows, write the model for the next stage.
+    result = trainer.train()
+    metrics = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
+    if evaluation is not None:
+        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(cfg.run_dir / "model"))
+    if world.rank == 0:
+        tokenizer.save_pretrained(cfg.run_dir / "model")
+    facts = artifacts.describe(
+        source,
+        tokenizer_hash=data.tokenizer_hash(tokenizer),
+        data_hash=data.fingerprint(rows),
+        adapter=(cfg.run_dir / "model" / "adapter_config.json").is_file(),
+    )
+    return metrics, facts
