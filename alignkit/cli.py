@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -76,6 +77,10 @@ def _hydra(command: str, arguments: list[str]) -> None:
         except (InputError, RunError, KeyboardInterrupt) as error:
             stopped.append(error)  # raised below: Hydra would put a line of its own before it
 
+    def terminate(signum: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt  # so that the launcher ends the ranks it started
+
+    signal.signal(signal.SIGTERM, terminate)
     stopped: list[BaseException] = []
     try:
         application()

@@ -137,6 +137,7 @@ class Sample(Stage):
     group_size: int = 4  # answers a prompt
     max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
     min_margin: float = 0.0  # a pair needs best score - worst score above this
+    finished_only: bool = True  # pairs are made of answers that ended by themselves
 
     stage: ClassVar[str] = "sample"
     groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "rollout")

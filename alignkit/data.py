@@ -269,8 +269,8 @@ def _prompt_row(where: str, row: Row, columns: dict[str, str]) -> Row:
     ours = {columns.get(name, name) for name in ("prompt", "reference", "messages")}
     kept = {name: value for name, value in row.items() if name not in ours}
     if _has_messages(row, columns):
-        prompt, reference = _conversation(where, row, columns)
-        return {**kept, "prompt": prompt, "reference": reference}
+        start, reference = _conversation(where, row, columns)
+        return {**kept, "prompt": start, "reference": reference}
     prompt = _prompt(where, *_pick(where, row, columns, "prompt"))
     if "reference" not in columns and row.get("reference") is None:
         return {**kept, "prompt": prompt}
@@ -577,10 +577,9 @@ def preference_dataset(rows: Rows, tokenizer, max_length: int) -> tuple[Dataset,
 
 def prompt_dataset(rows: Rows, tokenizer, max_prompt_length: int) -> tuple[list[Row], Dropped]:
     """[{"ids": list[int], "index": int, "meta": row}]: `index` is the place in `rows`, also after rows were dropped."""
-    prompts = [
-        {"ids": encode_prompt(tokenizer, row["prompt"]), "index": index, "meta": row} for index, row in enumerate(rows)
-    ]
-    return _keep(prompts, [len(prompt["ids"]) for prompt in prompts], max_prompt_length, "max_prompt_length")
+    ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [{"ids": ids[index], "index": index, "meta": row} for index, row in enumerate(rows)]
+    return _keep(prompts, [len(prompt) for prompt in ids], max_prompt_length, "max_prompt_length")
 
 
 class PromptSampler:

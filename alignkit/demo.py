@@ -127,7 +127,9 @@ def _clean() -> tuple[list[tuple[str, str, str]], Counter]:
     """[(split, prompt, answer)] in the order of the hash, and the counts of `left_out`."""
     conversations = json.loads(_package_file("chitchat_dataset", "dataset.json").read_text(encoding="utf-8"))
     hashes = {hashlib.sha256(name.encode()).hexdigest(): name for name in conversations}
-    kept, seen, counts = [], set(), Counter()
+    kept: list[tuple[str, str, str]] = []
+    seen: set[str] = set()
+    counts: Counter[str] = Counter()
     for digest in sorted(hashes):
         turns = conversations[hashes[digest]]["messages"]
         prompt, answer = (_tidy(turn) for turn in turns[:2]) if len(turns) > 1 else ("", "")

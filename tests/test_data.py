@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
-from tiny import EOS, PAD, tiny_model, tiny_tokenizer
+from tiny import EOS, PAD, VOCAB, WORDS, tiny_model, tiny_tokenizer
 
 from alignkit import data
 from alignkit.data import Data, PromptSampler
@@ -297,6 +297,13 @@ def test_a_text_has_the_same_ids_on_every_path(tokenizer):
         assert sft["input_ids"] == pair["chosen_ids"] == prompt_ids + response_ids
         assert sft["completion_mask"] == [0] * len(prompt_ids) + [1] * len(response_ids)
         assert pair["rejected_ids"] == prompt_ids + data.encode_response(tokenizer, "No.")
+
+
+def test_the_tiny_tokenizer_is_as_its_module_says(tokenizer):
+    assert len(tokenizer) == VOCAB and tokenizer.pad_token_id != tokenizer.eos_token_id
+    for word in WORDS:
+        assert len(tokenizer(word).input_ids) == len(tokenizer(f" {word}").input_ids) == 1
+    assert tokenizer.decode(tokenizer("Any ASCII ~ text,\nin {lines}!").input_ids) == "Any ASCII ~ text,\nin {lines}!"
 
 
 def test_prompt_and_response_are_what_the_template_renders(tokenizer):

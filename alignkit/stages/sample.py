@@ -40,7 +40,8 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
             for first in range(0, len(texts), cfg.group_size):
                 group = slice(first, first + cfg.group_size)
                 pair = make_pair(
-                    scored.rollouts.meta[first], texts[group], scored.scores[group].tolist(), scored.rollouts.finished[group].tolist(), cfg.min_margin
+                    scored.rollouts.meta[first], texts[group], scored.scores[group].tolist(),
+                    scored.rollouts.finished[group].tolist() if cfg.finished_only else [True] * cfg.group_size, cfg.min_margin,
                 )
                 pairs += [pair] if pair else []
                 answered += scored.scores[group].tolist()
@@ -53,9 +54,10 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     pairs = sorted((pair for share, _ in shares for pair in share), key=lambda pair: pair["prompt_index"])
     scores = [s for _, share in shares for s in share]
     skipped = len(prompts) - len(pairs)
-    log.note(f"{len(pairs)} pairs of {len(prompts)} prompts; {skipped} had no two finished answers with scores more than {cfg.min_margin} apart")
+    which = "finished answers" if cfg.finished_only else "answers"
+    log.note(f"{len(pairs)} pairs of {len(prompts)} prompts; {skipped} had no two {which} with scores more than {cfg.min_margin} apart")
     if not pairs:
-        raise InputError("no pair came out: every prompt's answers scored alike; raise group_size or rollout.temperature")
+        raise InputError("no pair came out: every prompt's answers scored alike or were cut; raise group_size, rollout.temperature or rollout.max_new_tokens")
     log.samples(0, pairs[:16])
     if world.rank == 0:
         write_atomic(cfg.run_dir / "pairs.jsonl", "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))

@@ -36,7 +36,6 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
             max_length=None,  # over-long rows were left out whole, and counted
             completion_only_loss=True,
             neftune_noise_alpha=cfg.neftune_noise_alpha,
-            dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=train,
         eval_dataset=evaluation,
