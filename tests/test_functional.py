@@ -709,6 +709,11 @@ def test_30_k3_is_finite_and_never_negative(r, dtype):
         assert k3.isfinite().all() and (k3 >= 0).all()
 
 
+def test_30_k3_holds_a_log_ratio_within_20():
+    far = F.kl_estimate(torch.tensor([-100.0, 100.0]), torch.zeros(2), "k3")
+    close(far, [math.exp(20) - 21, math.exp(-20) + 19], 64)  # float32 knows e^20 to 32
+
+
 def two_laws():
     g = torch.Generator().manual_seed(9)
     return randn(g, 9), randn(g, 9).log_softmax(-1)
@@ -928,6 +933,8 @@ def test_50_explained_variance():
     assert F.explained_variance(values, torch.full_like(returns, 0.1), mask) == 0  # undefined: no NaN in a log
     parts = [slice(0, 1), slice(1, 5)]
     moments = tuple(sum(F.masked_moments(x[p], mask[p]) for p in parts) for x in (returns - values, returns))
+    tenth = torch.full_like(returns, 0.1)
+    assert F.explained_variance(values, tenth, mask, (moments[0], F.masked_moments(tenth, mask))) == 0
     for p in parts:
         close(F.explained_variance(values[p], returns[p], mask[p], moments), expected)
 
@@ -968,6 +975,7 @@ def test_50_masked_mean():
     close(mean.detach(), 3.0)
     mean.backward()
     close(x.grad, [[1 / 3, 0], [1 / 3, 1 / 3]])
+    assert F.masked_mean(x, torch.tensor([[0, 0], [1, 0]])) == 3
 
 
 @settings(max_examples=30, deadline=None)

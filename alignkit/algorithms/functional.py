@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
-from alignkit.algorithms.shaping import (  # noqa: F401  (part of this module's names)
+from alignkit.algorithms.shaping import (  # noqa: F401  these are names of this module too
     AdaptiveKL,
     FixedKL,
     RunningMoments,
@@ -71,10 +71,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[3] float64: count, sum and sum of squares of `x` where `mask`. Ranks add theirs up to get the global ones.
-
-    In float64 the variance read from them keeps 8 digits as long as |mean| < 10^4 std.
-    """
+    """[3] float64: count, sum and sum of squares of `x` where `mask`. Ranks add theirs up to get the global ones."""
     mask, x = _valid(torch.ones_like(x) if mask is None else mask, x=x.double())
     return torch.stack([mask.sum().double(), x.sum(), x.square().sum()])
 
@@ -131,14 +128,10 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     _one_of("KL estimator", estimator, KL_ESTIMATORS)
     _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     r = _wide(logprobs) - _wide(ref_logprobs)
-    if estimator == "k1":
-        return r
-    if estimator == "k2":
-        return 0.5 * r.square()
-    if estimator == "abs":
-        return r.abs()
-    r = r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (torch.expm1(-r) + r).clamp(min=0)  # the clamp takes away what rounding leaves below 0
+    if estimator == "k3":
+        r = r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return torch.expm1(-r) + r
+    return {"k1": r, "k2": 0.5 * r.square(), "abs": r.abs()}[estimator]
 
 
 def score_position(mask: Tensor, score_slot: str = "on_last_token") -> Tensor:
@@ -382,10 +375,7 @@ def kwise_loss(scores: Tensor) -> Tensor:
 
 
 def _by_chunk(function, logits: Tensor, temperature: float, *others: Tensor) -> Tensor:
-    """function(logits / temperature, wide, *others) along the tokens, so that only a chunk of logits is ever upcast.
-
-    A backward pass computes each chunk again instead of keeping it.
-    """
+    """function(logits / temperature, wide, *others), a chunk of tokens at a time; backward computes each chunk again."""
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected more than 0")
 
