@@ -4,7 +4,7 @@
     <run_dir>/samples.jsonl        {"step": 3, "prompt": ..., "response": ..., "score": ...}
     <run_dir>/logs/progress.jsonl  events of the running process: progress, notes, errors
 
-Only rank 0 writes. The parent process calls `follow` on the third file and draws it. JSON has no NaN, so a float
+Only rank 0 writes, but for errors. The parent process calls `follow` on the third file and draws it. JSON has no NaN, so a float
 that is not finite is written as the string "nan", "inf" or "-inf": `float(row["loss"])` reads either form.
 """
 
@@ -202,11 +202,11 @@ def _cell(value: Any) -> Any:
 
 
 class RunLog:
-    """The log of one stage. Every rank makes one and calls it alike; only rank 0's does anything."""
+    """The log of one stage. Every rank makes one and calls it alike; only rank 0's writes, but for errors."""
 
     def __init__(self, run_dir: Path, stage: str, rank: int, logger: Any, config: dict) -> None:
         self.run_dir = Path(run_dir)
-        self.active = rank == 0
+        self.rank, self.active = rank, rank == 0
         self.tracker = Tracker()
         if self.active:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -255,8 +255,8 @@ class RunLog:
         self._event({"note": text})
 
     def error(self, kind: str, message: str) -> None:
-        """Why the stage stops. `kind` is the caller's own word, "input" or "run": the parent reads it back."""
-        self._event({"error": message, "kind": kind})
+        """Why the stage stops, from whichever rank it is. `kind` is the caller's own word: the parent reads it back."""
+        self._append({"error": message, "kind": kind, "rank": self.rank})
 
     def close(self) -> None:
         self.tracker.close()
@@ -264,7 +264,10 @@ class RunLog:
 
     def _event(self, event: dict) -> None:
         if self.active:
-            append_jsonl(self.run_dir / PROGRESS, {**event, "time": round(time.time(), 3)})
+            self._append(event)
+
+    def _append(self, event: dict) -> None:
+        append_jsonl(self.run_dir / PROGRESS, {**event, "time": round(time.time(), 3)})
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -326,8 +329,9 @@ def follow(path: Path, process: Any, label: str, console: Any = None, offset: in
     """Draws the progress of `process` (a Popen) until it ends, from the events it appends to `path`.
 
     `offset` is the size `path` had before the process was started: what an earlier attempt wrote is not shown.
-    Returns the last error event, {"error": message, "kind": kind, "time": ...}, or None. A terminal gets one live
-    line; a file or a CI log gets a plain line every ten seconds at most, and one at the end of each phase.
+    Returns the first error event, {"error": message, "kind": kind, "rank": rank, "time": ...}, or None: when one rank
+    stops, the errors of its peers that follow are only lost connections. A terminal gets one live line; a file or a
+    CI log gets a plain line every ten seconds at most, and one at the end of each phase.
     """
     from rich.console import Console
 
@@ -335,13 +339,13 @@ def follow(path: Path, process: Any, label: str, console: Any = None, offset: in
     view = _View(label)
     screen: Any = _LiveLine(console, view) if console.is_terminal else _PlainLines(console, view)
     events = _tail(Path(path), offset)
-    last_error = None
+    first_error = None
     with screen:
         while True:
             running = process.poll() is None  # asked before reading: nothing written before the end is missed
             for event in next(events):
                 if "error" in event:
-                    last_error = event
+                    first_error = first_error or event
                 elif "note" in event:
                     screen.note(str(event["note"]))
                 elif "what" in event:
@@ -352,7 +356,7 @@ def follow(path: Path, process: Any, label: str, console: Any = None, offset: in
             screen.tick()
             time.sleep(0.2)
     console.print(view.final(process.returncode), highlight=False, soft_wrap=True)
-    return last_error
+    return first_error
 
 
 def _tail(path: Path, offset: int) -> Iterator[list[dict]]:
@@ -420,7 +424,7 @@ class _View:
         if not self.event:
             return clock(now - self.started)
         if not rate or not self.total or self.done >= self.total:
-            return clock(float(self.event.get("elapsed") or 0) + (waited if self.done < self.total else 0))
+            return clock(float(self.event.get("elapsed") or 0) + (0 if 0 < self.total <= self.done else waited))
         # The part of the current unit that has passed since the last mark counts, but never below zero.
         since_mark = float(self.event.get("elapsed") or 0) - self.marks[-1][0] + waited
         left = max(0.0, (self.total - self.done) / rate - since_mark)
@@ -443,7 +447,7 @@ class _View:
         counted = [event for event in self.phases.values() if event.get("total")]
         main = max(counted, key=lambda event: float(event.get("elapsed") or 0), default={})
         text = Text("✓ ", style="green") if returncode == 0 else Text("✗ ", style="red")
-        text.append(f"{self.label:<8} ", style="bold")
+        text.append(f"{self.label:<14} ", style="bold")
         count = f"{main['done']}/{main['total']}" if main else ""
         state = "" if returncode == 0 else f"stopped with exit code {returncode}"
         parts = [count, clock(time.monotonic() - self.started), self.numbers(main) if main else "", state]
@@ -483,7 +487,7 @@ class _LiveLine:
             expand=True,
         )
         self.task = self.bar.add_task(
-            f"{view.label:<8}", total=None, spin=" ", what="starting", count="", speed="0:00", numbers=""
+            f"{view.label:<14}", total=None, spin=" ", what="starting", count="", speed="0:00", numbers=""
         )
 
     def __enter__(self) -> _LiveLine:

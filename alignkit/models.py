@@ -6,6 +6,7 @@ The only shift of logits in the code is `response_hidden`: the token in slot i i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,9 +110,53 @@ def load_head(folder: Path) -> nn.Linear:
 def trunk_hidden(hf: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Last hidden states [B, L, d]. Padded ids are replaced by 0 and never attended."""
     ids = ids.masked_fill(~mask, 0)
+    return _base_forward(hf, mask, input_ids=ids)
+
+
+def _base_forward(hf: PreTrainedModel, mask: Tensor, **inputs: Tensor) -> Tensor:
     return hf.base_model(
-        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+        attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False, **inputs
     ).last_hidden_state
+
+
+@contextmanager
+def only_blocks(hf: PreTrainedModel, first: int, last: int, norm: bool) -> Iterator[None]:
+    """Inside, `hf` runs its decoder blocks first..last-1 only, and its final norm or not."""
+    from torch import nn
+
+    base = hf.base_model
+    layers, final = base.layers, base.norm
+    base.layers, base.norm = layers[first:last], final if norm else nn.Identity()
+    try:
+        yield
+    finally:
+        base.layers, base.norm = layers, final
+
+
+def shared_blocks(hf: PreTrainedModel) -> int:
+    """How many leading decoder blocks hold no adapter, so that every role of a shared model computes them alike.
+
+    0 where the model's layout is another than embed → layers → norm; found out by trying: the two halves, one after
+    the other, must give the states of the whole, bit for bit.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = hf.base_model
+    if not all(hasattr(base, name) for name in ("layers", "norm")):
+        return 0
+    adapted = [any(isinstance(m, BaseTunerLayer) for m in block.modules()) for block in base.layers]
+    count = adapted.index(True) if True in adapted else 0
+    if count == 0:
+        return 0
+    with torch.no_grad():
+        ids = torch.arange(1, 9, device=hf.device)[None]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        with only_blocks(hf, 0, count, norm=False):
+            lower = _base_forward(hf, mask, input_ids=ids)
+        with only_blocks(hf, count, len(base.layers), norm=True):
+            halves = _base_forward(hf, mask, inputs_embeds=lower)
+        return count if torch.equal(halves, trunk_hidden(hf, ids, mask)) else 0
 
 
 def response_hidden(hidden: Tensor, response_slots: int) -> Tensor:
@@ -137,12 +182,15 @@ def make_roles(models: dict[str, PreTrainedModel], heads: dict[str, nn.Linear], 
         heads: {"critic" | "reward_model": scalar head}.
         switch: called with the role before each forward; makes a shared model compute with that role's weights.
 
-    The module's `forward(role, ids, mask, response_slots, temperature=1.0, entropy=False)` takes ids [B, L] i64 and
-    mask [B, L] bool, left-padded prompt then right-padded response, and returns by role
+    The module's `forward(role, ids, mask, response_slots, temperature=1.0, entropy=False, lower=None)` takes ids [B, L]
+    i64 and mask [B, L] bool, left-padded prompt then right-padded response, and returns by role
       policy, ref_policy: (log-probs of the response tokens [B, Lr] f32, entropies [B, Lr] f32 or None),
       critic: values [B, Lr] f32, each before its response token,
       reward_model: scores [B] f32, read at the last valid token.
+    `lower` is what `shared(ids, mask)` gave: the states after the blocks that no role adapts, computed once for all
+    roles (None where there are none, or where each role has a model of its own).
     """
+    import torch
     from torch import nn
 
     from alignkit.algorithms import functional as F
@@ -158,6 +206,7 @@ def make_roles(models: dict[str, PreTrainedModel], heads: dict[str, nn.Linear], 
                 unique += [] if known else [hf]
             self.models = nn.ModuleList(unique)
             self.heads = nn.ModuleDict(heads)
+            self.blocks = shared_blocks(unique[0]) if len(unique) == 1 and len(models) > 1 else 0
 
         def model(self, role: str) -> PreTrainedModel:
             return self.models[self.role_of[role]]
@@ -165,10 +214,21 @@ def make_roles(models: dict[str, PreTrainedModel], heads: dict[str, nn.Linear], 
         def switch(self, role: str) -> None:
             switch(role)
 
-        def forward(self, role, ids, mask, response_slots, temperature=1.0, entropy=False):
+        def shared(self, ids, mask):
+            if not self.blocks:
+                return None
+            hf = self.models[0]
+            with torch.no_grad(), only_blocks(hf, 0, self.blocks, norm=False):
+                return trunk_hidden(hf, ids, mask)
+
+        def forward(self, role, ids, mask, response_slots, temperature=1.0, entropy=False, lower=None):
             switch(role)
             hf = self.model(role)
-            hidden = trunk_hidden(hf, ids, mask)
+            if lower is None:
+                hidden = trunk_hidden(hf, ids, mask)
+            else:
+                with only_blocks(hf, self.blocks, len(hf.base_model.layers), norm=True):
+                    hidden = _base_forward(hf, mask, inputs_embeds=lower)
             if role == "reward_model":
                 return apply_head(self.heads[role], last_valid(hidden, mask))
             hidden = response_hidden(hidden, response_slots)
@@ -318,3 +378,19 @@ def copy_adapter(peft: Any, folder: Path, name: str) -> None:
 def single_role(hf: PreTrainedModel) -> nn.Module:
     """A roles module with nothing but a policy, for stages that only sample and score."""
     return make_roles({"policy": hf}, {}, switch=lambda role: None)
+
+
+def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:
+    """A finished reward run as a roles module whose only role is reward_model."""
+    folder = source.adapter or Path(source.base)
+    head = load_head(folder)
+    hf = load_base(source.base, model, vocab)
+    if source.adapter is not None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig.from_pretrained(str(source.adapter))
+        config.task_type, config.modules_to_save = "CAUSAL_LM", None
+        peft = get_peft_model(hf, config, autocast_adapter_dtype=False)
+        copy_adapter(peft, source.adapter, "default")
+        hf = peft.merge_and_unload()
+    return make_roles({"reward_model": hf}, {"reward_model": head}, switch=lambda role: None).requires_grad_(False)

@@ -23,6 +23,7 @@ STAGES = ("sft", "sample", "reward", "ppo", "evaluate")
 POLICIES = ("base", "sft", "ppo")
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "reward": "reward model"}
 COLORS = {"base": "#7b8794", "sft": "#2f6fb5", "ppo": "#d1641b", "reward": "#2c8a5b"}
+SFT_LOSS, REWARD_LOSS = ("policy/loss", "loss"), ("reward_model/loss", "loss")  # ours, and TRL's own name
 QUICKSTART = "alignkit pipeline +experiment=quickstart"
 
 
@@ -63,9 +64,13 @@ class RunFolder:
         metrics = self.manifests[stage].get("metrics") or {}
         return next((number(metrics[name]) for name in names if name in metrics), None)
 
-    def series(self, stage: str, name: str) -> list[tuple[int, float]]:
-        """[(step, value)] of one metric, in order of steps; of a step logged twice (a resumed run) the last."""
-        points = {row["step"]: number(row[name]) for row in self.rows[stage] if name in row and "step" in row}
+    def series(self, stage: str, *names: str) -> list[tuple[int, float]]:
+        """[(step, value)] of the first metric that a row has, by step; of a step logged twice (a resumed run) the last."""
+        points = {}
+        for row in self.rows[stage]:
+            name = next((name for name in names if name in row), None)
+            if name and "step" in row:
+                points[row["step"]] = number(row[name])
         return [(step, value) for step, value in sorted(points.items()) if value is not None and math.isfinite(value)]
 
     def dialogues(self, count: int) -> list[dict]:
@@ -195,7 +200,7 @@ def key_result(folder: RunFolder, stage: str) -> str:
     held_out = folder.metric(stage, "eval_loss")
     if held_out is not None:
         return f"held-out loss {short(held_out)}"
-    losses = folder.series(stage, "loss")
+    losses = folder.series(stage, *SFT_LOSS)
     return f"loss {short(losses[0][1])} → {short(losses[-1][1])}" if losses else ""
 
 
@@ -221,7 +226,7 @@ def verdict(folder: RunFolder) -> str:
     count = folder.results.get("prompts")
     where = f"on {count} held-out prompts" if count else "on held-out prompts"
     score = f"the gold score ({folder.results['reward']})" if folder.results.get("reward") else "the gold score"
-    interval = f"95 % interval {between(difference, signed)}"
+    interval = f"95% interval {between(difference, signed)}"
     if low > 0:
         return f"PPO raised {score} by {mean} over SFT {where}, {interval}."
     if high < 0:
@@ -325,7 +330,7 @@ def _gold_table(folder: RunFolder) -> Any:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("policy")
     table.add_column(f"mean {folder.results.get('reward') or 'score'}", justify="right")
-    table.add_column("95 % interval", justify="right")
+    table.add_column("95% interval", justify="right")
     table.add_column(f"KL to {reference}, nats" if reference else "KL, nats", justify="right")
     table.add_column("tokens", justify="right")
     table.add_column("finished", justify="right")
@@ -412,7 +417,7 @@ h1{font-size:1.7rem;margin:.2rem 0}h2{font-size:1.15rem;margin:2.4rem 0 .6rem}
 .card{border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem}
 .card b{display:block;font-size:1.45rem;line-height:1.3;font-variant-numeric:tabular-nums}
 .card span{display:block;font-size:.82rem;color:var(--soft)}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:1.2rem}
+.figures{margin-top:1rem;display:grid;grid-template-columns:repeat(auto-fit,minmax(min(25rem,100%),1fr));gap:1.2rem}
 figure{margin:0}figcaption{font-size:.85rem;color:var(--soft);margin-top:.1rem}
 figure svg{width:100%;height:auto;display:block;max-width:34rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%}
@@ -465,7 +470,7 @@ def _gold_html(folder: RunFolder) -> str:
     if not policies:
         return _none()
     head = "<tr><th>policy</th>" + "".join(
-        f"<th class='n'>{title}</th>" for title in ("mean", "95 % interval", "KL, nats", "tokens", "finished")
+        f"<th class='n'>{title}</th>" for title in ("mean", "95% interval", "KL, nats", "tokens", "finished")
     )
     rows = []
     for name, entry in policies.items():
@@ -616,16 +621,25 @@ def _reward_against_kl(folder: RunFolder) -> Chart | None:
     def paint(axes: Any) -> None:
         axes.plot(x, y, color="#c3cad2", linewidth=1, zorder=2)
         axes.scatter(x, y, c=range(len(steps)), cmap="plasma_r", vmin=-len(steps) * 0.25, s=24, zorder=3)
-        every = max(1, round(len(steps) / 5))
-        marked = sorted({*range(0, len(steps) - every // 2 - 1, every), len(steps) - 1})
-        for i in marked:
-            text = f"step {steps[i]}" if i in (marked[0], marked[-1]) else str(steps[i])
-            bold = {"fontweight": "bold"} if i == marked[-1] else {}
+        for i in _apart(x, y):
+            ends = {0: f"step {steps[0]}", len(steps) - 1: f"step {steps[-1]}"}
+            bold = {"fontweight": "bold"} if i == len(steps) - 1 else {}
+            text = ends.get(i, str(steps[i]))
             axes.annotate(text, (x[i], y[i]), xytext=(5, 6), textcoords="offset points", fontsize=9.5, zorder=4, **bold)
         axes.margins(x=0.1, y=0.14)
 
     svg = _draw("Reward against KL", paint, x="KL to the reference, nats a response", y="reward-model score")
     return svg, "One point a PPO step, pale to dark. Up is what the reward model likes, right is what it cost."
+
+
+def _apart(x: list[float], y: list[float], gap: float = 0.17) -> list[int]:
+    """The points to label: the last, the first and those between that lie clear of every label before them."""
+    width, height = max(x) - min(x) or 1.0, max(y) - min(y) or 1.0
+    chosen: list[int] = []
+    for i in (len(x) - 1, *range(len(x) - 1)):
+        if all(abs(x[i] - x[j]) / width > gap or abs(y[i] - y[j]) / height > gap for j in chosen):
+            chosen.append(i)
+    return chosen
 
 
 def _ppo_charts(folder: RunFolder) -> list[Chart | None]:
@@ -635,21 +649,21 @@ def _ppo_charts(folder: RunFolder) -> list[Chart | None]:
     return [
         _reward_against_kl(folder),
         chart("Score over steps", "objective/score", "Mean reward-model score of each step's rollouts."),
-        chart("Gap of vLLM and trainer", "rollout/logprob_gap", "Log-probabilities of the same tokens, in nats."),
+        chart("Gap of sampler and trainer", "rollout/logprob_gap", "Log-probabilities of the same tokens, in nats."),
         chart("Length of responses", "rollout/length", "Tokens, the stop token included."),
     ]
 
 
 def _loss_charts(folder: RunFolder) -> list[Chart | None]:
     wanted = [
-        ("SFT loss", "sft", "loss", "sft", "Cross-entropy of the answers' tokens, in nats."),
-        ("Reward-model loss", "reward", "loss", "reward", "−log σ(chosen − rejected); guessing gives 0.693."),
-        ("Policy loss", "ppo", "policy/loss", "ppo", "Clipped surrogate: near 0 by construction, watch for jumps."),
-        ("Value loss", "ppo", "critic/loss", "ppo", "The critic's error on the returns."),
+        ("SFT loss", "sft", SFT_LOSS, "sft", "Cross-entropy of the answers' tokens, in nats."),
+        ("Reward-model loss", "reward", REWARD_LOSS, "reward", "−log σ(chosen − rejected); guessing gives 0.693."),
+        ("Policy loss", "ppo", ("policy/loss",), "ppo", "Clipped surrogate: near 0 by construction, watch for jumps."),
+        ("Value loss", "ppo", ("critic/loss",), "ppo", "The critic's error on the returns."),
     ]
     return [
-        _over_steps(title, folder.series(stage, name), COLORS[color], caption)
-        for title, stage, name, color, caption in wanted
+        _over_steps(title, folder.series(stage, *names), COLORS[color], caption)
+        for title, stage, names, color, caption in wanted
     ]
 
 
@@ -676,4 +690,4 @@ def _gold_chart(folder: RunFolder) -> Chart | None:
         axes.grid(axis="y", visible=False)
 
     title = f"Mean {folder.results.get('reward') or 'gold'} score"
-    return _draw(title, paint, height=0.9 + 0.5 * len(drawn)), "Dots are means, bars 95 % bootstrap intervals."
+    return _draw(title, paint, height=0.9 + 0.5 * len(drawn)), "Dots are means, bars 95% bootstrap intervals."

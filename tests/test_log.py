@@ -16,6 +16,7 @@ from alignkit.log import (
     RunLog,
     Tensorboard,
     Wandb,
+    _View,
     append_jsonl,
     clock,
     follow,
@@ -85,13 +86,32 @@ def test_other_ranks_write_nothing(tmp_path):
     log.log(1, {"loss": 1.0})
     log.samples(1, [{"response": "hi"}])
     log.note("n")
-    log.error("run", "e")
     log.rewind(0)
     with log.progress("training", 2) as bar:
         bar.advance(loss=1.0)
         bar.update(2)
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_any_rank_is_told_and_the_first_is_the_cause(tmp_path):
+    RunLog(tmp_path, "ppo", 1, None, CONFIG).error("run", "out of memory")
+    RunLog(tmp_path, "ppo", 0, None, CONFIG).error("run", "connection closed by peer")
+    error = follow(tmp_path / "logs" / "progress.jsonl", child("raise SystemExit(1)"), "ppo", plain_console())
+    assert (error["error"], error["rank"]) == ("out of memory", 1)
+
+
+def test_the_clock_of_a_phase_of_unknown_length_runs_on():
+    view = _View("ppo")
+    view.add({"what": "starting the engine", "done": 0, "total": 0, "elapsed": 1.0, "numbers": {}})
+    assert view.speed(view.seen + 30) == "0:31"
+    view.add({"what": "PPO", "done": 0, "total": 10, "elapsed": 0.0, "numbers": {}})
+    assert view.speed(view.seen + 5) == "0:05"  # no rate yet
+    view.add({"what": "PPO", "done": 2, "total": 10, "elapsed": 60.0, "numbers": {}})
+    assert view.speed(view.seen) == "30 s/step  4:00 left"
+    assert view.speed(view.seen + 20) == "30 s/step  3:40 left"
+    view.add({"what": "PPO", "done": 10, "total": 10, "elapsed": 300.0, "numbers": {}})
+    assert view.speed(view.seen + 20) == "5:00"
 
 
 def test_a_line_cut_by_a_kill_spoils_only_itself(tmp_path):

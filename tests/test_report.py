@@ -58,7 +58,7 @@ def fake_run(run, ppo_steps=24, prompts=14):
         }
         write(run / stage / "manifest.json", json.dumps(manifest))
         write(run / stage / "config.yaml", "seed: 7\n")
-    sft = [{"step": i, "loss": 2.9 + 1.1 * math.exp(-i / 15) + rng.gauss(0, 0.05)} for i in range(1, 61)]
+    sft = [{"step": i, "policy/loss": 2.9 + 1.1 * math.exp(-i / 15) + rng.gauss(0, 0.05)} for i in range(1, 61)]
     write(run / "sft" / "metrics.jsonl", lines([*sft, {"step": 60, "eval_loss": 3.021}]))
     reward = [{"step": i, "loss": 0.69 - 0.004 * i + rng.gauss(0, 0.03), "accuracy": 0.6} for i in range(1, 41)]
     write(run / "reward" / "metrics.jsonl", lines(reward))
@@ -207,7 +207,7 @@ def test_the_table_says_it_all(run):
         r"ppo +done +6:43 +score .* in 24 steps, KL",
         r"evaluate +done +0:58 +vader: PPO − SFT \+0\.421 \[\+0\.342, \+0\.498\]",
         r"all +13:12",
-        r"policy +mean vader +95 % interval +KL to sft, nats",
+        r"policy +mean vader +95% interval +KL to sft, nats",
         r"PPO +0\.604 +\[0\.551, 0\.655\] +3\.87 +14\.1 +97%",
         r"PPO raised the gold score \(vader\) by \+0\.421 over SFT on 128 held-out prompts",
         r"quickstart/\n",
@@ -308,6 +308,11 @@ def test_a_step_logged_twice_by_a_resumed_run_counts_once(run):
         run / "ppo" / "metrics.jsonl", lines([{"step": s, "objective/score": v} for s, v in ((1, 1), (2, 2), (2, 5))])
     )
     assert RunFolder(run).series("ppo", "objective/score") == [(1, 1.0), (2, 5.0)]
+
+
+def test_losses_are_found_under_our_names_and_trls(run):
+    assert len(RunFolder(run).series("sft", *report.SFT_LOSS)) == 60  # "policy/loss"
+    assert len(RunFolder(run).series("reward", *report.REWARD_LOSS)) == 40  # "loss"
 
 
 def test_a_conversation_keeps_its_roles_and_a_single_turn_needs_none():

@@ -30,6 +30,7 @@ class LoRA:
     def peft_config(self, task_type: str, hf: nn.Module) -> Any:
         """PEFT's LoraConfig for `hf`."""
         from peft import LoraConfig
+        from torch import nn
 
         layers = None
         if self.last_layers is not None:
@@ -38,6 +39,8 @@ class LoRA:
                 raise InputError(f"finetune.last_layers={self.last_layers}: the model has {count} layers")
             layers = list(range(count - self.last_layers, count))
         targets = self.target_modules
+        if layers is not None and targets == "all-linear":  # PEFT takes layers only beside module names
+            targets = sorted({n.rsplit(".", 1)[-1] for n, m in hf.base_model.named_modules() if isinstance(m, nn.Linear)})
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,

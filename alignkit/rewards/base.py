@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignkit.types import Rollouts, RunError, ScoredRollouts
+from alignkit import models
+from alignkit.types import ModelSource, Rollouts, RunError, ScoredRollouts
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 Scorer = Callable[[Rollouts], "Tensor"]
 
@@ -19,8 +20,9 @@ class Context:
     """What a reward may use."""
 
     tokenizer: Any
-    roles: nn.Module | None = None  # holds role reward_model, where a learned reward is among the rewards
-    micro_batch_size: int = 8
+    model: models.Model | None = None  # how a learned reward is held, where it is loaded by itself
+    resolve: Callable[[str], ModelSource] | None = None  # a run's folder -> its weights
+    device: Any = "cpu"
 
 
 def text_scorer(context: Context, function: Callable[[list, list[str], list[dict]], list[float]], name: str) -> Scorer:
@@ -53,13 +55,18 @@ def response_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 
-def start_all(rewards: dict[str, Any], context: Context) -> Callable[[Rollouts], ScoredRollouts]:
-    """The weighted sum of all rewards as one function; every part is kept under its name."""
-    scorers = {name: (item.weight, item.start(context)) for name, item in rewards.items()}
+def start_all(rewards: dict[str, Any], context: Context) -> Callable[..., ScoredRollouts]:
+    """The weighted sum of all rewards as one function of rollouts; every part is kept under its name.
 
-    def score(rollouts: Rollouts) -> ScoredRollouts:
-        parts = {name: scorer(rollouts) for name, (_, scorer) in scorers.items()}
-        total = sum(weight * parts[name] for name, (weight, _) in scorers.items())
+    The function's second argument {name: scores [B]} holds parts that are known already (a reward model's, which PPO
+    computes together with the other roles).
+    """
+    scorers = {name: item.start(context) for name, item in rewards.items()}
+
+    def score(rollouts: Rollouts, known: dict[str, Tensor] | None = None) -> ScoredRollouts:
+        known = known or {}
+        parts = {name: known[name] if name in known else scorer(rollouts) for name, scorer in scorers.items()}
+        total = sum(rewards[name].weight * part for name, part in parts.items())
         return ScoredRollouts(rollouts, total, parts)
 
     return score

@@ -12,7 +12,7 @@ from alignkit.rewards.base import Context, Scorer
 from alignkit.types import Rollouts
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass
@@ -22,17 +22,21 @@ class RewardModel:
     name: str = "reward_model"
     path: str = MISSING  # a finished reward run: runs/<name>/reward
     weight: float = 1.0  # in the sum of rewards
+    micro_batch_size: int = 16  # sequences of one forward, outside PPO
 
     def start(self, context: Context) -> Scorer:
-        """Scores with `context.roles`, whose role reward_model holds the weights."""
+        """Loads the model at the first call: PPO never makes one, since it scores with its own `reward_model` role."""
+        roles: list[nn.Module] = []
 
         def score(rollouts: Rollouts) -> Tensor:
+            if not roles:
+                roles.append(models.load_reward(context.resolve(self.path), context.model, len(context.tokenizer)).to(context.device))
             return models.map_rows(
-                lambda ids, mask, slots: context.roles("reward_model", ids, mask, slots),
-                rollouts.ids,
-                rollouts.mask,
+                lambda ids, mask, slots: roles[0]("reward_model", ids, mask, slots),
+                rollouts.ids.to(context.device),
+                rollouts.mask.to(context.device),
                 rollouts.response_ids.shape[1],
-                context.micro_batch_size,
-            )
+                self.micro_batch_size,
+            ).cpu()
 
         return score

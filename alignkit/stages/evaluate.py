@@ -25,7 +25,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     prompts, dropped = data.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
     batch = data.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
-    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
+    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
     ref = models.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)
     ref_roles = models.single_role(ref)
 

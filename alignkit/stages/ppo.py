@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     order = data.PromptSampler(len(prompts), cfg.seed)
 
     # 2. Policy, reference, critic and reward model; an optimizer for each of the two that train.
-    learned = [item for item in cfg.rewards.values() if item.name == "reward_model"]
-    reward_source = artifacts.resolve_model(learned[0].path, "rewards.reward_model.path") if learned else None
+    learned = {name: "reward_model" for name, item in cfg.rewards.items() if item.name == "reward_model"}
+    reward_source = next((artifacts.resolve_model(cfg.rewards[name].path, f"rewards.{name}.path") for name in learned), None)
     with log.progress("loading the models", 0):
         roles = cfg.finetune.roles(cfg.model, source, reward_source, len(tokenizer), algorithm.needs_critic, cfg.seed).to(world.device)
         engines = {
@@ -51,7 +51,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         )
         version = 1
         sampler.sync_weights(lambda: cfg.finetune.sync_payload(roles), version)
-    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, roles, cfg.micro_batch_size))
+    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
     kl = algorithm.kl_controller()
     shuffle = torch.Generator().manual_seed(cfg.seed)
     roles.eval()  # dropout is 0 already; ratios compare the same function twice
@@ -67,20 +67,17 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                 rollouts = sampler.generate(batch, cfg.group_size, cfg.seed, step)
                 rollouts = move(rollouts, world.device)
 
-            # 5. Score.
-            with clock("score"):
-                scored = score(rollouts)
-
-            # 6. Log-probs of policy and reference, values: by the same code that will train.
+            # 5. Log-probs of policy and reference, values, the reward model's scores: one pass, by the code that trains.
             with clock("forward"):
-                old_logprobs, entropy = forward(cfg, roles, "policy", rollouts, entropy=True)
-                ref_logprobs, _ = forward(cfg, roles, "ref_policy", rollouts)
-                values = forward(cfg, roles, "critic", rollouts) if algorithm.needs_critic else None
+                seen = forward(cfg, roles, rollouts)
+
+            # 6. Score: the learned reward, the programmatic ones, their weighted sum.
+            with clock("score"):
+                scored = score(rollouts, {name: seen.pop(role) for name, role in learned.items()})
 
             # 7. Experience of the global batch, the same on every rank.
-            scored, old_logprobs, ref_logprobs, values, entropy = gather(
-                world, cfg.group_size, tokenizer.pad_token_id, scored, old_logprobs, ref_logprobs, values, entropy
-            )
+            scored, seen = gather(world, cfg.group_size, tokenizer.pad_token_id, scored, seen)
+            old_logprobs, ref_logprobs, values, entropy = (seen.get(k) for k in ("policy", "ref_policy", "critic", "entropy"))
             experience, metrics = algorithm.experience(scored, old_logprobs, ref_logprobs, values, kl.value)
             mask = experience.response_mask
             metrics |= {"objective/entropy": (float((entropy * mask).sum()), int(mask.sum())), "objective/kl_coef": (kl.value, 1)}
@@ -91,10 +88,11 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                 for epoch in range(algorithm.ppo_epochs):
                     rank_rows = torch.randperm(len(mask), generator=shuffle).split(cfg.mini_batch_size)
                     for number, rows_of_step in enumerate(rank_rows):
-                        update = optimize(cfg, engines, experience.select(rows_of_step.to(mask.device)), world)
+                        update = optimize(cfg, roles, engines, experience.select(rows_of_step.to(mask.device)), world)
                         if epoch == number == 0:
                             metrics["policy/first_ratio_gap_max"] = (update["policy/ratio_gap_max"][0], 1)
                         updates.append(update)
+                rates = {f"{role}/learning_rate": engine.learning_rate for role, engine in engines.items()}
                 for engine in engines.values():
                     engine.next_update()
             kl.update(metrics["objective/kl"][0] / metrics["objective/kl"][1], len(mask))
@@ -106,7 +104,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
 
             # 10. Log.
             numbers = {name: total / max(count, 1) for name, (total, count) in metrics.items()}
-            numbers |= mean_metrics(updates) | {f"{role}/learning_rate": e.learning_rate for role, e in engines.items()}
+            numbers |= mean_metrics(updates) | rates
             numbers |= clock.metrics() | {"rollout/policy_version": scored.rollouts.policy_version}
             log.log(step, numbers)
             if step % cfg.sample_every == 0:
@@ -127,18 +125,28 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     return numbers | {"steps": cfg.steps}, facts
 
 
-def forward(cfg: PPO, roles: torch.nn.Module, role: str, rollouts: Rollouts, entropy: bool = False) -> Any:
-    """No-grad forward of one role over this rank's rollouts, in micro-batches of like length."""
-    return models.map_rows(
-        lambda ids, mask, slots: roles(role, ids, mask, slots, cfg.rollout.temperature, entropy),
-        rollouts.ids,
-        rollouts.mask,
-        rollouts.response_ids.shape[1],
-        cfg.micro_batch_size,
-    )
+def forward(cfg: PPO, roles: torch.nn.Module, rollouts: Rollouts) -> dict[str, torch.Tensor]:
+    """No-grad forward of every role over this rank's rollouts, in micro-batches of like length.
+
+    Returns:
+        policy, ref_policy: log-probs [B, Lr]; entropy: the policy's [B, Lr]; critic: values [B, Lr];
+        reward_model: scores [B]. Roles that the run has not are absent.
+    """
+    names = [role for role in ("policy", "ref_policy", "critic", "reward_model") if role in roles.role_of]
+
+    def every_role(ids: torch.Tensor, mask: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
+        lower = roles.shared(ids, mask)  # the blocks that no role adapts, once for all
+        results = []
+        for role in names:
+            out = roles(role, ids, mask, slots, cfg.rollout.temperature, role == "policy", lower)
+            results += [t for t in out if t is not None] if isinstance(out, tuple) else [out]
+        return tuple(results)
+
+    found = models.map_rows(every_role, rollouts.ids, rollouts.mask, rollouts.response_ids.shape[1], cfg.micro_batch_size)
+    return dict(zip([names[0], "entropy", *names[1:]], found, strict=True))
 
 
-def optimize(cfg: PPO, engines: dict[str, Engine], batch: Experience, world: World) -> Metrics:
+def optimize(cfg: PPO, roles: torch.nn.Module, engines: dict[str, Engine], batch: Experience, world: World) -> Metrics:
     """One optimizer step of policy and critic on a minibatch that every rank holds and shares out.
 
     Returns:
@@ -155,11 +163,12 @@ def optimize(cfg: PPO, engines: dict[str, Engine], batch: Experience, world: Wor
         part = batch.select(index)
         ids, mask, kept = models.trim(part.ids, part.mask, slots)
         part = cut_response(part, kept)
-        logprobs, entropy = engines["policy"]("policy", ids, mask, kept, cfg.rollout.temperature, algorithm.ent_coef > 0)
+        lower = roles.shared(ids, mask)
+        logprobs, entropy = engines["policy"]("policy", ids, mask, kept, cfg.rollout.temperature, algorithm.ent_coef > 0, lower)
         losses = {"policy": algorithm.policy_loss(part, logprobs, entropy)}
         engines["policy"].backward(losses["policy"], count, last)
         if algorithm.needs_critic:
-            losses["critic"] = algorithm.critic_loss(part, engines["critic"]("critic", ids, mask, kept))
+            losses["critic"] = algorithm.critic_loss(part, engines["critic"]("critic", ids, mask, kept, lower=lower))
             engines["critic"].backward(losses["critic"], count, last)
         gap = ((logprobs.detach() - part.old_logprobs).exp() - 1).abs()[part.response_mask]
         metrics = {k: v for loss in losses.values() for k, v in loss.metrics.items()}
@@ -181,38 +190,37 @@ def cut_response(batch: Experience, slots: int) -> Experience:
     return replace(batch, **{name: getattr(batch, name)[:, :slots] for name in names})
 
 
-def gather(world: World, group_size: int, pad_id: int, scored: ScoredRollouts, *tensors: Any) -> tuple:
-    """All ranks' rollouts and tensors as one batch, prompts in the order they were drawn: the batch of a single rank."""
+def gather(world: World, group_size: int, pad_id: int, scored: ScoredRollouts, seen: dict[str, torch.Tensor]) -> tuple:
+    """All ranks' rollouts and per-token results as one batch, prompts in the order drawn: the batch of a single rank."""
     if world.size == 1:
-        return scored, *tensors
+        return scored, seen
     device = scored.scores.device
-    shares = world.gather(move((scored, *tensors), torch.device("cpu")))
+    shares = world.gather(move((scored, seen), torch.device("cpu")))
     slots = max(share[0].rollouts.prompt_ids.shape[1] for share in shares)
-    for share in shares:
-        r = share[0].rollouts
-        pad = slots - r.prompt_ids.shape[1]
-        r.prompt_ids = torch.nn.functional.pad(r.prompt_ids, (pad, 0), value=pad_id)
-        r.prompt_mask = torch.nn.functional.pad(r.prompt_mask, (pad, 0), value=False)
-    rows = len(shares[0][0].scores)
-    # Row i of rank r is answer i % G of drawn prompt (i // G) * world + r.
-    keys = [((i // group_size) * world.size + r) * group_size + i % group_size for r in range(world.size) for i in range(rows)]
-    order = torch.tensor(keys).argsort()
-    return move(tuple(join([share[k] for share in shares]).select(order) if k == 0 else join([share[k] for share in shares], order) for k in range(len(shares[0]))), device)
+    for theirs, _ in shares:
+        pad = slots - theirs.rollouts.prompt_ids.shape[1]
+        theirs.rollouts.prompt_ids = torch.nn.functional.pad(theirs.rollouts.prompt_ids, (pad, 0), value=pad_id)
+        theirs.rollouts.prompt_mask = torch.nn.functional.pad(theirs.rollouts.prompt_mask, (pad, 0), value=False)
+    rows = len(scored.scores)
+    # Row i of rank r answers, as sibling i % G, the drawn prompt (i // G) * world + r.
+    place = [((i // group_size) * world.size + r) * group_size + i % group_size for r in range(world.size) for i in range(rows)]
+    order = torch.tensor(place).argsort()
+    whole = join([theirs for theirs, _ in shares]).select(order), {k: join([theirs[k] for _, theirs in shares])[order] for k in seen}
+    return move(whole, device)
 
 
-def join(parts: list[Any], order: torch.Tensor | None = None) -> Any:
-    """Concatenate tensors, lists, dicts and step dataclasses along the rows; `order` permutes the result's rows."""
+def join(parts: list[Any]) -> Any:
+    """Concatenate tensors, lists, dicts of them and step dataclasses along the rows."""
     first = parts[0]
-    if first is None or isinstance(first, int):
-        return first
     if isinstance(first, torch.Tensor):
-        whole = torch.cat(parts)
-        return whole if order is None else whole[order]
+        return torch.cat(parts)
     if isinstance(first, list):
         return [item for part in parts for item in part]
     if isinstance(first, dict):
         return {key: join([part[key] for part in parts]) for key in first}
-    return type(first)(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(first)})
+    if is_dataclass(first):
+        return type(first)(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(first)})
+    return first
 
 
 def move(item: Any, device: torch.device) -> Any:

@@ -27,7 +27,7 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
             rollout.Context.of(cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=models.single_role(hf))
         )
         sampler.sync_weights(lambda: models.named_weights(hf), version=1)
-    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
+    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
 
     # 2. Sample and score, a chunk at a time.
     pairs, answered, kept = [], [], 0
