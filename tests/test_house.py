@@ -34,10 +34,10 @@ COMMANDS = ["sft", "sample", "reward", "ppo", "evaluate", "pipeline"]
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"config", "artifacts", "launch", "report", "demo", "types"},
+    "cli": {"config", "artifacts", "launch", "report", "report_html", "demo", "types"},
     "run": {"config", "engine", "stages", "artifacts", "log", "types"},
     "stages": {
-        *("config", "engine", "artifacts", "data", "models", "log", "demo", "types"),
+        *("config", "engine", "artifacts", "data", "tokens", "models", "log", "demo", "types"),
         *("algorithms", "rewards", "rollout", "finetune"),
     },
     "config": {
@@ -48,13 +48,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": {"models", "types"},
     "finetune": {"models", "types"},
     "algorithms": {"types"},
-    "launch": {"log", "types"},
-    "report": {"log", "artifacts", "types"},
+    "launch": {"log", "progress", "types"},
+    "report_html": {"report", "log", "progress", "artifacts", "types"},
+    "report": {"log", "progress", "artifacts", "types"},
     "artifacts": {"log", "demo", "types"},
+    "tokens": {"data", "types"},
     "data": {"demo", "types"},
     "models": {"types", "algorithms.functional"},
     "engine": {"types"},
     "log": {"types"},
+    "progress": {"types"},
     "demo": {"types"},
     "types": set(),
 }
@@ -158,14 +161,9 @@ def test_allowed_imports_are_not_taken_for_violations(tmp_path):
     assert violations(tmp_path / "alignkit") == []
 
 
-# Grown past the limit: a ceiling each, which may only come down.
-LONGER = {"data.py": 660, "log.py": 600, "report.py": 700, "algorithms/functional.py": 430}
-
-
 def test_modules_stay_short():
     lengths = {p.relative_to(PACKAGE).as_posix(): len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
-    assert {file: n for file, n in lengths.items() if n > LONGER.get(file, 420)} == {}
-    assert set(LONGER) <= set(lengths)
+    assert {file: n for file, n in lengths.items() if n > 420} == {}
 
 
 # --------------------------------------------------------------------------------------------- what a command loads
@@ -469,10 +467,6 @@ def test_the_map_of_files_is_complete_and_true():
         assert list(ROOT.glob(path.rstrip("/"))), f"the README names {path}, which does not exist"
     files = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     assert files - set(named) == set(), "these files have no line in the README's map"
-    assert (
-        len(named) == len(set(named))
-        or [p for p in set(named) if named.count(p) > 1 and "/_" not in p and "scripts" not in p] == []
-    )
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

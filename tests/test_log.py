@@ -11,19 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from alignkit.log import (
-    NoLogger,
-    RunLog,
-    Tensorboard,
-    Wandb,
-    _View,
-    append_jsonl,
-    clock,
-    follow,
-    rate_text,
-    read_jsonl,
-    short,
-)
+from alignkit.log import NoLogger, RunLog, Tensorboard, Wandb, append_jsonl, read_jsonl
+from alignkit.progress import _View, clock, follow, rate_text, short
 from alignkit.types import InputError
 
 CONFIG = {"run_name": "mine", "seed": 3, "model": {"path": "tiny"}}

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from alignkit import report
-from alignkit.report import RunFolder, print_summary, summarize, write_html, write_summary
+from alignkit.report import RunFolder, print_summary, summarize, write_summary
+from alignkit.report_html import write_html
 
 ANSWERS = [
     ("Hey, how was your weekend?", "It was okay, i had to work.", "It was great! I love a good weekend with friends."),

@@ -27,14 +27,23 @@ class Full:
         return None
 
     def roles(
-        self, model: models.Model, source: ModelSource, reward: ModelSource | None, vocab: int, needs_critic: bool, seed: int
+        self,
+        model: models.Model,
+        source: ModelSource,
+        reward: ModelSource | None,
+        vocab: int,
+        needs_critic: bool,
+        seed: int,
     ) -> nn.Module:
         """Separate models; `ref_policy` is a frozen copy of the policy, `critic` starts as the reward model."""
         import torch
 
         torch.manual_seed(seed)
         _no_adapter(source)
-        parts = {"policy": models.load_base(source.base, model, vocab), "ref_policy": models.load_base(source.base, model, vocab)}
+        parts = {
+            "policy": models.load_base(source.base, model, vocab),
+            "ref_policy": models.load_base(source.base, model, vocab),
+        }
         heads: dict[str, nn.Linear] = {}
         if reward is not None:
             _no_adapter(reward)
@@ -44,7 +53,9 @@ class Full:
             start = source if reward is None else reward
             parts["critic"] = models.load_base(start.base, model, vocab)
             heads["critic"] = (
-                models.score_head(parts["critic"].config.hidden_size) if reward is None else models.load_head(Path(reward.base))
+                models.score_head(parts["critic"].config.hidden_size)
+                if reward is None
+                else models.load_head(Path(reward.base))
             )
         roles = models.make_roles(parts, heads, switch=lambda role: None)
         for parameter in roles.parameters():

@@ -40,7 +40,9 @@ class LoRA:
             layers = list(range(count - self.last_layers, count))
         targets = self.target_modules
         if layers is not None and targets == "all-linear":  # PEFT takes layers only beside module names
-            targets = sorted({n.rsplit(".", 1)[-1] for n, m in hf.base_model.named_modules() if isinstance(m, nn.Linear)})
+            targets = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in hf.base_model.named_modules() if isinstance(m, nn.Linear)}
+            )
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -51,7 +53,13 @@ class LoRA:
         )
 
     def roles(
-        self, model: models.Model, source: ModelSource, reward: ModelSource | None, vocab: int, needs_critic: bool, seed: int
+        self,
+        model: models.Model,
+        source: ModelSource,
+        reward: ModelSource | None,
+        vocab: int,
+        needs_critic: bool,
+        seed: int,
     ) -> nn.Module:
         """One base with adapters `policy` (trained), `ref_policy` (frozen), `critic` and `reward_model`.
 
@@ -68,11 +76,15 @@ class LoRA:
         heads: dict[str, nn.Linear] = {}
         adapters: set[str] = set()
         if source.adapter is not None:
-            peft = PeftModel.from_pretrained(hf, source.adapter, adapter_name="policy", is_trainable=True, autocast_adapter_dtype=False)
+            peft = PeftModel.from_pretrained(
+                hf, source.adapter, adapter_name="policy", is_trainable=True, autocast_adapter_dtype=False
+            )
             peft.load_adapter(source.adapter, adapter_name="ref_policy", autocast_adapter_dtype=False)
             adapters |= {"policy", "ref_policy"}
         else:
-            peft = get_peft_model(hf, self.peft_config("CAUSAL_LM", hf), adapter_name="policy", autocast_adapter_dtype=False)
+            peft = get_peft_model(
+                hf, self.peft_config("CAUSAL_LM", hf), adapter_name="policy", autocast_adapter_dtype=False
+            )
             adapters |= {"policy"}
         if reward is not None:
             if reward.adapter is None or reward.base != source.base:

@@ -11,7 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.log import PROGRESS, follow
+from alignkit.log import PROGRESS
+from alignkit.progress import follow
 from alignkit.types import InputError
 
 
@@ -57,7 +58,12 @@ class Local:
             output.write(f"$ {shlex.join(command)}\n")
             output.flush()
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
             )
             try:
                 return follow(run_dir / PROGRESS, process, label, offset=seen)

@@ -39,10 +39,14 @@ def text_scorer(context: Context, function: Callable[[list, list[str], list[dict
         values = function([row.get("prompt") for row in rollouts.meta], responses, rollouts.meta)
         scores = torch.as_tensor(values, dtype=torch.float32)
         if scores.shape != (len(responses),):
-            raise RunError(f"reward {name}: {tuple(scores.shape)} scores for {len(responses)} responses; expected one a response")
+            raise RunError(
+                f"reward {name}: {tuple(scores.shape)} scores for {len(responses)} responses; expected one a response"
+            )
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])
-            raise RunError(f"reward {name}: score {float(scores[bad])} for response {responses[bad]!r}; expected a finite number")
+            raise RunError(
+                f"reward {name}: score {float(scores[bad])} for response {responses[bad]!r}; expected a finite number"
+            )
         return scores
 
     return score

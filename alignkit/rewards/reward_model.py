@@ -30,7 +30,11 @@ class RewardModel:
 
         def score(rollouts: Rollouts) -> Tensor:
             if not roles:
-                roles.append(models.load_reward(context.resolve(self.path), context.model, len(context.tokenizer)).to(context.device))
+                roles.append(
+                    models.load_reward(context.resolve(self.path), context.model, len(context.tokenizer)).to(
+                        context.device
+                    )
+                )
             return models.map_rows(
                 lambda ids, mask, slots: roles[0]("reward_model", ids, mask, slots),
                 rollouts.ids.to(context.device),

@@ -22,5 +22,7 @@ class Vader:
             raise InputError("reward=vader needs the package vaderSentiment: pip install 'alignkit[demo]'") from None
         analyzer = SentimentIntensityAnalyzer()
         return text_scorer(
-            context, lambda prompts, responses, meta: [analyzer.polarity_scores(r)["compound"] for r in responses], self.name
+            context,
+            lambda prompts, responses, meta: [analyzer.polarity_scores(r)["compound"] for r in responses],
+            self.name,
         )

@@ -24,7 +24,9 @@ class Sampling:
     def check(self) -> None:
         """Raise InputError for a law no log-prob can be taken of."""
         if not self.temperature > 0:
-            raise InputError(f"rollout.temperature={self.temperature}: expected more than 0 (0 would be greedy, without log-probs)")
+            raise InputError(
+                f"rollout.temperature={self.temperature}: expected more than 0 (0 would be greedy, without log-probs)"
+            )
         if self.max_new_tokens < 1:
             raise InputError(f"rollout.max_new_tokens={self.max_new_tokens}: expected 1 or more")
 

@@ -62,7 +62,9 @@ class HFSampler:
                 cache = out.past_key_values
                 law_logprobs = (out.logits[:, -1].float() / law.temperature).log_softmax(-1)
                 # Exponential races: argmin E/p with E ~ Exp(1) is a draw from p, one stream a row.
-                race = torch.stack([torch.empty(law_logprobs.shape[1], device=hf.device).exponential_(generator=g) for g in streams])
+                race = torch.stack(
+                    [torch.empty(law_logprobs.shape[1], device=hf.device).exponential_(generator=g) for g in streams]
+                )
                 drawn = (law_logprobs - race.log()).argmax(-1)
                 picked = law_logprobs.gather(1, drawn[:, None]).squeeze(1)
                 for row in (~done).nonzero().flatten().tolist():
@@ -73,7 +75,9 @@ class HFSampler:
                 done = done | torch.isin(drawn, stops)
                 if done.all():
                     break
-        return pack_rollouts(prompts, group_size, tokens, logprobs, done.tolist(), context, self.version, law.max_new_tokens)
+        return pack_rollouts(
+            prompts, group_size, tokens, logprobs, done.tolist(), context, self.version, law.max_new_tokens
+        )
 
     def close(self) -> None:
         """Nothing of its own to free."""

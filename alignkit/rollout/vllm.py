@@ -50,6 +50,8 @@ class VLLMSampler:
             max_model_len=context.max_model_len,
             max_num_seqs=min(context.max_sequences, 256),
             enforce_eager=config.enforce_eager,
+            enable_chunked_prefill=False,  # a prompt cut in two draws twice from its stream, and breaks on a CPU
+            max_num_batched_tokens=max(context.max_model_len, 4096),
             enable_prefix_caching=False,  # its blocks would outlive the weights that filled them
             generation_config="vllm",  # never the checkpoint's own temperature or top-p
             logprobs_mode="processed_logprobs",  # of the law that was sampled from, temperature included
@@ -63,7 +65,9 @@ class VLLMSampler:
         """Load the policy's whole weights, adapters folded in."""
         if version <= self.version:
             raise RunError(f"weights of version {version} pushed over version {self.version}: versions only grow")
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(payload()), "is_checkpoint_format": True})
+        self.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(payload()), "is_checkpoint_format": True}
+        )
         if self.cpu:
             self.llm.apply_model(_repack_tied_head)
         self.llm.reset_prefix_cache()

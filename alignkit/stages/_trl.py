@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from alignkit import data
+from alignkit import tokens
 from alignkit.config import TrainStage
 from alignkit.engine import World
 from alignkit.log import RunLog
@@ -20,7 +20,7 @@ def split_rows(cfg: TrainStage) -> tuple[Rows, Rows]:
     if cfg.eval_data.path:
         return rows, cfg.eval_data.rows(cfg.row_kind)
     prompts = list(dict.fromkeys(json.dumps(row["prompt"]) for row in rows))
-    order = data.PromptSampler(len(prompts), cfg.seed).next(len(prompts))
+    order = tokens.PromptSampler(len(prompts), cfg.seed).next(len(prompts))
     held_out = {prompts[i] for i in order[: round(cfg.eval_fraction * len(prompts))]}
     keep = [json.dumps(row["prompt"]) not in held_out for row in rows]
     return [r for r, k in zip(rows, keep, strict=True) if k], [r for r, k in zip(rows, keep, strict=True) if not k]
@@ -79,7 +79,9 @@ class Reporter(TrainerCallback):
         self.bar.__enter__()
 
     def on_log(self, args, state, control, logs=None, **_):
-        metrics = {self.names.get(k, f"train/{k}"): float(v) for k, v in (logs or {}).items() if isinstance(v, (int, float))}
+        metrics = {
+            self.names.get(k, f"train/{k}"): float(v) for k, v in (logs or {}).items() if isinstance(v, (int, float))
+        }
         if "loss" in (logs or {}):
             self.log.log(state.global_step, metrics)
             self.bar.update(state.global_step, **{k: metrics[k] for k in self.show if k in metrics})

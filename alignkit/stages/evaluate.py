@@ -7,7 +7,7 @@ import json
 import numpy as np
 import torch
 
-from alignkit import artifacts, data, models
+from alignkit import artifacts, data, models, tokens
 from alignkit.config import Evaluate
 from alignkit.engine import World
 from alignkit.log import RunLog, write_atomic
@@ -20,11 +20,13 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     sources = {name: artifacts.resolve_model(path, f"policies.{name}") for name, path in cfg.policies.items()}
     reference = cfg.reference or next(iter(sources))
     main_source = sources[reference]
-    tokenizer = data.load_tokenizer(main_source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template)
+    tokenizer = tokens.load_tokenizer(
+        main_source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
+    )
     rows = cfg.data.rows("prompt")
-    prompts, dropped = data.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
-    batch = data.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
+    batch = tokens.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
     ref = models.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)
     ref_roles = models.single_role(ref)
@@ -37,12 +39,18 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
             roles = ref_roles if name == reference else models.single_role(hf)
             if sampler is None:
                 sampler = cfg.rollout.start(
-                    rollout.Context.of(cfg, source, tokenizer, max_sequences=len(batch.prompt_ids) * cfg.group_size, roles=roles)
+                    rollout.Context.of(
+                        cfg, source, tokenizer, max_sequences=len(batch.prompt_ids) * cfg.group_size, roles=roles
+                    )
                 )
             sampler.use(roles)
             sampler.sync_weights(lambda hf=hf: models.named_weights(hf), version=version)
             scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
-            kl = torch.zeros(len(scored.scores)) if name == reference else kl_to(ref_roles, roles, scored.rollouts, cfg.rollout.temperature)
+            kl = (
+                torch.zeros(len(scored.scores))
+                if name == reference
+                else kl_to(ref_roles, roles, scored.rollouts, cfg.rollout.temperature)
+            )
             texts = rewards.response_texts(tokenizer, scored.rollouts)
             for i, text in enumerate(texts):
                 meta = scored.rollouts.meta[i]
@@ -59,7 +67,9 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
 
     # 3. Means with intervals, differences to the reference prompt by prompt.
     order = {name: i for i, name in enumerate(sources)}
-    samples = sorted((s for share in world.gather(samples) for s in share), key=lambda s: (s["prompt_index"], order[s["policy"]]))
+    samples = sorted(
+        (s for share in world.gather(samples) for s in share), key=lambda s: (s["prompt_index"], order[s["policy"]])
+    )
     results = summarize(samples, list(sources), reference, cfg.bootstrap, cfg.seed) | {"reward": "+".join(cfg.rewards)}
     if world.rank == 0:
         write_atomic(cfg.run_dir / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
@@ -67,7 +77,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     metrics = {f"{name}/{key}": value for name, entry in results["policies"].items() for key, value in entry.items()}
     log.log(0, metrics)
     facts = artifacts.describe(
-        main_source, tokenizer_hash=data.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None
+        main_source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None
     )
     return metrics, facts
 
@@ -100,7 +110,9 @@ def summarize(samples: list[dict], names: list[str], reference: str, resamples: 
         for name in names
     }
     differences = {
-        f"{name}_minus_{reference}": bootstrap(means[name] - means[reference], resamples, seed) for name in names if name != reference
+        f"{name}_minus_{reference}": bootstrap(means[name] - means[reference], resamples, seed)
+        for name in names
+        if name != reference
     }
     return {"prompts": len(prompts), "reference": reference, "policies": policies, "differences": differences}
 

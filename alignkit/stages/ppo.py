@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from alignkit import artifacts, data, models
+from alignkit import artifacts, data, models, tokens
 from alignkit.config import PPO
 from alignkit.engine import Engine, World
 from alignkit.log import RunLog
@@ -24,17 +24,23 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
 
     # 1. Prompts.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = data.load_tokenizer(source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template)
+    tokenizer = tokens.load_tokenizer(
+        source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
+    )
     rows = cfg.data.rows("prompt")
-    prompts, dropped = data.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
-    order = data.PromptSampler(len(prompts), cfg.seed)
+    order = tokens.PromptSampler(len(prompts), cfg.seed)
 
     # 2. Policy, reference, critic and reward model; an optimizer for each of the two that train.
     learned = {name: "reward_model" for name, item in cfg.rewards.items() if item.name == "reward_model"}
-    reward_source = next((artifacts.resolve_model(cfg.rewards[name].path, f"rewards.{name}.path") for name in learned), None)
+    reward_source = next(
+        (artifacts.resolve_model(cfg.rewards[name].path, f"rewards.{name}.path") for name in learned), None
+    )
     with log.progress("loading the models", 0):
-        roles = cfg.finetune.roles(cfg.model, source, reward_source, len(tokenizer), algorithm.needs_critic, cfg.seed).to(world.device)
+        roles = cfg.finetune.roles(
+            cfg.model, source, reward_source, len(tokenizer), algorithm.needs_critic, cfg.seed
+        ).to(world.device)
         engines = {
             role: Engine(
                 roles, cfg.finetune.parameters(roles, role), optimizer, cfg.deepspeed, world,
@@ -63,7 +69,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             # 4. Generate: this rank answers its share of the step's prompts.
             with clock("generate"):
                 chosen = order.next(cfg.rollout_batch_size // cfg.group_size, world.rank, world.size)
-                batch = data.collate_prompts([prompts[i] for i in chosen], tokenizer.pad_token_id)
+                batch = tokens.collate_prompts([prompts[i] for i in chosen], tokenizer.pad_token_id)
                 rollouts = sampler.generate(batch, cfg.group_size, cfg.seed, step)
                 rollouts = move(rollouts, world.device)
 
@@ -77,10 +83,15 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
 
             # 7. Experience of the global batch, the same on every rank.
             scored, seen = gather(world, cfg.group_size, tokenizer.pad_token_id, scored, seen)
-            old_logprobs, ref_logprobs, values, entropy = (seen.get(k) for k in ("policy", "ref_policy", "critic", "entropy"))
+            old_logprobs, ref_logprobs, values, entropy = (
+                seen.get(k) for k in ("policy", "ref_policy", "critic", "entropy")
+            )
             experience, metrics = algorithm.experience(scored, old_logprobs, ref_logprobs, values, kl.value)
             mask = experience.response_mask
-            metrics |= {"objective/entropy": (float((entropy * mask).sum()), int(mask.sum())), "objective/kl_coef": (kl.value, 1)}
+            metrics |= {
+                "objective/entropy": (float((entropy * mask).sum()), int(mask.sum())),
+                "objective/kl_coef": (kl.value, 1),
+            }
 
             # 8. Update: every epoch in a new order, every optimizer step normalised by its own global token count.
             with clock("update"):
@@ -109,7 +120,12 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             log.log(step, numbers)
             if step % cfg.sample_every == 0:
                 log.samples(step, sample_rows(tokenizer, scored, old_logprobs - ref_logprobs))
-            bar.update(step + 1, score=numbers["objective/score"], kl=numbers["objective/kl"], entropy=numbers["objective/entropy"])
+            bar.update(
+                step + 1,
+                score=numbers["objective/score"],
+                kl=numbers["objective/kl"],
+                entropy=numbers["objective/entropy"],
+            )
     sampler.close()
 
     # 11. The model for the next stage.
@@ -118,7 +134,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         tokenizer.save_pretrained(cfg.run_dir / "model")
     facts = artifacts.describe(
         source,
-        tokenizer_hash=data.tokenizer_hash(tokenizer),
+        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
         data_hash=data.fingerprint(rows),
         adapter=(cfg.run_dir / "model" / "adapter_config.json").is_file(),
     )
@@ -142,7 +158,9 @@ def forward(cfg: PPO, roles: torch.nn.Module, rollouts: Rollouts) -> dict[str, t
             results += [t for t in out if t is not None] if isinstance(out, tuple) else [out]
         return tuple(results)
 
-    found = models.map_rows(every_role, rollouts.ids, rollouts.mask, rollouts.response_ids.shape[1], cfg.micro_batch_size)
+    found = models.map_rows(
+        every_role, rollouts.ids, rollouts.mask, rollouts.response_ids.shape[1], cfg.micro_batch_size
+    )
     return dict(zip([names[0], "entropy", *names[1:]], found, strict=True))
 
 
@@ -164,7 +182,9 @@ def optimize(cfg: PPO, roles: torch.nn.Module, engines: dict[str, Engine], batch
         ids, mask, kept = models.trim(part.ids, part.mask, slots)
         part = cut_response(part, kept)
         lower = roles.shared(ids, mask)
-        logprobs, entropy = engines["policy"]("policy", ids, mask, kept, cfg.rollout.temperature, algorithm.ent_coef > 0, lower)
+        logprobs, entropy = engines["policy"](
+            "policy", ids, mask, kept, cfg.rollout.temperature, algorithm.ent_coef > 0, lower
+        )
         losses = {"policy": algorithm.policy_loss(part, logprobs, entropy)}
         engines["policy"].backward(losses["policy"], count, last)
         if algorithm.needs_critic:
@@ -177,7 +197,9 @@ def optimize(cfg: PPO, roles: torch.nn.Module, engines: dict[str, Engine], batch
             sums.setdefault(name, []).append(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in pair]))
     norms = {f"{role}/grad_norm": (engine.step(), 1.0) for role, engine in engines.items()}
     local = {
-        name: tuple(torch.stack(pairs).amax(0).tolist() if name.endswith("_max") else torch.stack(pairs).sum(0).tolist())
+        name: tuple(
+            torch.stack(pairs).amax(0).tolist() if name.endswith("_max") else torch.stack(pairs).sum(0).tolist()
+        )
         for name, pairs in sums.items()
     }
     reduced = world.reduce_metrics(local)
@@ -203,9 +225,16 @@ def gather(world: World, group_size: int, pad_id: int, scored: ScoredRollouts, s
         theirs.rollouts.prompt_mask = torch.nn.functional.pad(theirs.rollouts.prompt_mask, (pad, 0), value=False)
     rows = len(scored.scores)
     # Row i of rank r answers, as sibling i % G, the drawn prompt (i // G) * world + r.
-    place = [((i // group_size) * world.size + r) * group_size + i % group_size for r in range(world.size) for i in range(rows)]
+    place = [
+        ((i // group_size) * world.size + r) * group_size + i % group_size
+        for r in range(world.size)
+        for i in range(rows)
+    ]
     order = torch.tensor(place).argsort()
-    whole = join([theirs for theirs, _ in shares]).select(order), {k: join([theirs[k] for _, theirs in shares])[order] for k in seen}
+    whole = (
+        join([theirs for theirs, _ in shares]).select(order),
+        {k: join([theirs[k] for _, theirs in shares])[order] for k in seen},
+    )
     return move(whole, device)
 
 
@@ -239,7 +268,9 @@ def move(item: Any, device: torch.device) -> Any:
 def mean_metrics(updates: list[Metrics]) -> dict[str, float]:
     """Mean over the round's optimizer steps, maximum of the names that end in `_max`."""
     return {
-        name: max(u[name][0] for u in updates) if name.endswith("_max") else sum(u[name][0] for u in updates) / len(updates)
+        name: max(u[name][0] for u in updates)
+        if name.endswith("_max")
+        else sum(u[name][0] for u in updates) / len(updates)
         for name in updates[0]
     }
 
@@ -249,7 +280,12 @@ def sample_rows(tokenizer: Any, scored: ScoredRollouts, log_ratio: torch.Tensor,
     texts = rewards.response_texts(tokenizer, scored.rollouts)
     kl = (log_ratio * scored.rollouts.response_mask).sum(1)
     return [
-        {"prompt": scored.rollouts.meta[i]["prompt"], "response": texts[i], "score": float(scored.scores[i]), "kl": float(kl[i])}
+        {
+            "prompt": scored.rollouts.meta[i]["prompt"],
+            "response": texts[i],
+            "score": float(scored.scores[i]),
+            "kl": float(kl[i]),
+        }
         for i in range(min(count, len(texts)))
     ]
 
@@ -269,4 +305,6 @@ class Clock:
 
     def metrics(self) -> dict[str, float]:
         """{"time/<phase>": seconds}, and "time/step" for the whole."""
-        return {f"time/{phase}": s for phase, s in self.seconds.items()} | {"time/step": time.perf_counter() - self.started}
+        return {f"time/{phase}": s for phase, s in self.seconds.items()} | {
+            "time/step": time.perf_counter() - self.started
+        }

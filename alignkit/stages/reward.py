@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-
 import torch
 from trl import RewardConfig, RewardTrainer
 
-from alignkit import artifacts, data, models
+from alignkit import artifacts, data, models, tokens
 from alignkit.config import Reward
 from alignkit.engine import World
 from alignkit.log import RunLog
@@ -18,13 +17,15 @@ from alignkit.stages import _trl
 def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Pairs and tokens; the split is by prompt.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = data.load_tokenizer(source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template)
+    tokenizer = tokens.load_tokenizer(
+        source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
+    )
     rows, held_out = _trl.split_rows(cfg)
-    train, dropped = data.preference_dataset(rows, tokenizer, cfg.max_length)
+    train, dropped = tokens.preference_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training pairs: {dropped.describe()}")
     evaluation = None
     if held_out:
-        evaluation, dropped = data.preference_dataset(held_out, tokenizer, cfg.max_length)
+        evaluation, dropped = tokens.preference_dataset(held_out, tokenizer, cfg.max_length)
         log.note(f"held-out pairs: {dropped.describe()}")
 
     # 2. The base with a scalar head; its adapter starts as the SFT run's, where there is one.
@@ -37,13 +38,19 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         hf = models.adapt_for_scores(hf, peft_config, source.adapter)
     trainer = RewardTrainer(
         model=hf,
-        args=_trl.arguments(RewardConfig, cfg, world, max_length=None, center_rewards_coefficient=cfg.center_coef, disable_dropout=True),
+        args=_trl.arguments(
+            RewardConfig, cfg, world, max_length=None, center_rewards_coefficient=cfg.center_coef, disable_dropout=True
+        ),
         train_dataset=train,
         processing_class=tokenizer,
         callbacks=[
             _trl.Reporter(
                 log,
-                {"loss": "reward_model/loss", "accuracy": "reward_model/accuracy", "learning_rate": "reward_model/learning_rate"},
+                {
+                    "loss": "reward_model/loss",
+                    "accuracy": "reward_model/accuracy",
+                    "learning_rate": "reward_model/learning_rate",
+                },
                 ("reward_model/loss", "reward_model/accuracy"),
             )
         ],
@@ -52,7 +59,9 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     # 3. Train, then score the held-out pairs (without any: the training pairs) for accuracy and zero point.
     result = trainer.train()
     metrics = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "train_pairs": len(train)}
-    chosen, rejected = score_pairs(trainer, evaluation if evaluation is not None else train, tokenizer.pad_token_id, world, cfg.micro_batch_size)
+    chosen, rejected = score_pairs(
+        trainer, evaluation if evaluation is not None else train, tokenizer.pad_token_id, world, cfg.micro_batch_size
+    )
     mean, std = float(torch.cat([chosen, rejected]).mean()), float(torch.cat([chosen, rejected]).std(correction=0))
     if evaluation is not None:
         metrics |= accuracy_metrics(chosen, rejected)
@@ -66,19 +75,23 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         models.save_head(normalised_head(trainer.model, mean, std, cfg.normalize), model_dir)
     adapter = (model_dir / "adapter_config.json").is_file()
     facts = artifacts.describe(
-        source, tokenizer_hash=data.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=adapter
+        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=adapter
     )
     return metrics, facts
 
 
-def score_pairs(trainer: RewardTrainer, pairs, pad_id: int, world: World, micro_batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def score_pairs(
+    trainer: RewardTrainer, pairs, pad_id: int, world: World, micro_batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw scores of every chosen and rejected response, each rank scoring its share: ([N], [N]) f32 on every rank."""
     model = trainer.model.eval()
     mine = list(range(world.rank, len(pairs), world.size))
     rows = [pairs[i][side] for i in mine for side in ("chosen_ids", "rejected_ids")]
     longest = max((len(row) for row in rows), default=1)
     ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows] or [[pad_id]], device=world.device)
-    mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows] or [[True]], device=world.device)
+    mask = torch.tensor(
+        [[True] * len(row) + [False] * (longest - len(row)) for row in rows] or [[True]], device=world.device
+    )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     scores = models.map_rows(
         lambda i, m, slots: models.apply_head(_head_of(base), models.last_valid(models.trunk_hidden(base, i, m), m)),
@@ -122,6 +135,3 @@ def normalised_head(model, mean: float, std: float, normalize: str) -> torch.nn.
 def _head_of(base) -> torch.nn.Linear:
     """The score layer; PEFT keeps the trained one in `modules_to_save`."""
     return base.score.modules_to_save["default"] if hasattr(base.score, "modules_to_save") else base.score
-
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from alignkit import artifacts, data, models
+from alignkit import artifacts, data, models, tokens
 from alignkit.config import Sample
 from alignkit.engine import World
 from alignkit.log import RunLog, write_atomic
@@ -16,15 +16,19 @@ from alignkit.types import InputError
 def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Policy, prompts and the engine that answers them.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = data.load_tokenizer(source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template)
+    tokenizer = tokens.load_tokenizer(
+        source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
+    )
     rows = cfg.data.rows("prompt")
-    prompts, dropped = data.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
     mine = prompts[world.rank :: world.size]
     with log.progress("starting the engine", 0):
         hf = models.load_policy(source, cfg.model, len(tokenizer)).to(world.device)
         sampler = cfg.rollout.start(
-            rollout.Context.of(cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=models.single_role(hf))
+            rollout.Context.of(
+                cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=models.single_role(hf)
+            )
         )
         sampler.sync_weights(lambda: models.named_weights(hf), version=1)
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
@@ -34,19 +38,26 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     chunk = 32
     with log.progress("sampling", len(prompts), unit="prompt") as bar:
         for start in range(0, len(mine), chunk):
-            batch = data.collate_prompts(mine[start : start + chunk], tokenizer.pad_token_id)
+            batch = tokens.collate_prompts(mine[start : start + chunk], tokenizer.pad_token_id)
             scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
             texts = rewards.response_texts(tokenizer, scored.rollouts)
             for first in range(0, len(texts), cfg.group_size):
                 group = slice(first, first + cfg.group_size)
                 pair = make_pair(
-                    scored.rollouts.meta[first], texts[group], scored.scores[group].tolist(),
-                    scored.rollouts.finished[group].tolist() if cfg.finished_only else [True] * cfg.group_size, cfg.min_margin,
+                    scored.rollouts.meta[first],
+                    texts[group],
+                    scored.scores[group].tolist(),
+                    scored.rollouts.finished[group].tolist() if cfg.finished_only else [True] * cfg.group_size,
+                    cfg.min_margin,
                 )
                 pairs += [pair] if pair else []
                 answered += scored.scores[group].tolist()
             kept = len(pairs)
-            bar.update(min((start + chunk) * world.size, len(prompts)), pairs=kept * world.size, score=sum(answered) / len(answered))
+            bar.update(
+                min((start + chunk) * world.size, len(prompts)),
+                pairs=kept * world.size,
+                score=sum(answered) / len(answered),
+            )
     sampler.close()
 
     # 3. Write the pairs of all ranks in the order of the prompts.
@@ -55,20 +66,33 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     scores = [s for _, share in shares for s in share]
     skipped = len(prompts) - len(pairs)
     which = "finished answers" if cfg.finished_only else "answers"
-    log.note(f"{len(pairs)} pairs of {len(prompts)} prompts; {skipped} had no two {which} with scores more than {cfg.min_margin} apart")
+    log.note(
+        f"{len(pairs)} pairs of {len(prompts)} prompts; {skipped} had no two {which} with scores more than {cfg.min_margin} apart"
+    )
     if not pairs:
-        raise InputError("no pair came out: every prompt's answers scored alike or were cut; raise group_size, rollout.temperature or rollout.max_new_tokens")
+        raise InputError(
+            "no pair came out: every prompt's answers scored alike or were cut; raise group_size, rollout.temperature or rollout.max_new_tokens"
+        )
     log.samples(0, pairs[:16])
     if world.rank == 0:
-        write_atomic(cfg.run_dir / "pairs.jsonl", "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-    metrics = {"prompts": len(prompts), "pairs": len(pairs), "skipped": skipped, "score_mean": sum(scores) / len(scores)}
+        write_atomic(
+            cfg.run_dir / "pairs.jsonl", "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        )
+    metrics = {
+        "prompts": len(prompts),
+        "pairs": len(pairs),
+        "skipped": skipped,
+        "score_mean": sum(scores) / len(scores),
+    }
     facts = artifacts.describe(
-        source, tokenizer_hash=data.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None
+        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None
     )
     return metrics, facts
 
 
-def make_pair(meta: dict, texts: list[str], scores: list[float], finished: list[bool], min_margin: float) -> dict | None:
+def make_pair(
+    meta: dict, texts: list[str], scores: list[float], finished: list[bool], min_margin: float
+) -> dict | None:
     """Best against worst of the finished, non-empty, distinct answers to one prompt; None where they score alike."""
     answers = [(s, t.strip()) for s, t, f in zip(scores, texts, finished, strict=True) if f and t.strip()]
     if len(answers) < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trl import SFTConfig, SFTTrainer
 
-from alignkit import artifacts, data, models
+from alignkit import artifacts, data, models, tokens
 from alignkit.config import SFT
 from alignkit.engine import World
 from alignkit.log import RunLog
@@ -14,13 +14,15 @@ from alignkit.stages import _trl
 def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Rows and tokens.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = data.load_tokenizer(source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template)
+    tokenizer = tokens.load_tokenizer(
+        source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
+    )
     rows, held_out = _trl.split_rows(cfg)
-    train, dropped = data.sft_dataset(rows, tokenizer, cfg.max_length)
+    train, dropped = tokens.sft_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training rows: {dropped.describe()}")
     evaluation = None
     if held_out:
-        evaluation, dropped = data.sft_dataset(held_out, tokenizer, cfg.max_length)
+        evaluation, dropped = tokens.sft_dataset(held_out, tokenizer, cfg.max_length)
         log.note(f"held-out rows: {dropped.describe()}")
 
     # 2. The base, and what of it trains.
@@ -41,7 +43,9 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=None if source.adapter is not None else cfg.finetune.peft_config("CAUSAL_LM", hf),
-        callbacks=[_trl.Reporter(log, {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}, ("policy/loss",))],
+        callbacks=[
+            _trl.Reporter(log, {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}, ("policy/loss",))
+        ],
     )
 
     # 3. Train, measure on the held-out rows, write the model for the next stage.
@@ -54,7 +58,7 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         tokenizer.save_pretrained(cfg.run_dir / "model")
     facts = artifacts.describe(
         source,
-        tokenizer_hash=data.tokenizer_hash(tokenizer),
+        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
         data_hash=data.fingerprint(rows),
         adapter=(cfg.run_dir / "model" / "adapter_config.json").is_file(),
     )

@@ -1,0 +1,279 @@
+"""Text to ids and ids to batches.
+
+`encode_prompt` and `encode_response` are the only tokenisation in the project: the same text has the same ids in SFT,
+in the reward model, in PPO and in evaluation.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.data import _line, _looks_like_a_file, _near, _short, _text, fingerprint
+from alignkit.types import InputError, PromptBatch, Rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, Any]
+
+# Tokens that models keep for padding or for nothing, best first.
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "[PAD]", "<pad>", "<|fim_pad|>", "<|endoftext|>", "<unk>")
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, chat_template: str | None = None):
+    """The tokenizer of a folder or hub id, ready for this project.
+
+    Its pad token exists and is not the eos token, so that eos is learnt and never masked: where the model has none of
+    its own, one that no text encodes to (`PAD_TOKENS`), else a new '<|pad|>' (then `len(tokenizer)` is above the
+    model's embedding, which whoever loads the model must resize). Padding is on the left. `chat_template` replaces the
+    template: a Jinja text, or a file of it. Raises InputError for what is no tokenizer or has no eos.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        if not any((folder / name).is_file() for name in files):
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+            raise InputError(
+                f"{path}: the folder is no model: it has no tokenizer.json (it holds: {found}): give a folder written "
+                "by save_pretrained, a hub id, or the model/ of a finished stage"
+            )
+    elif _looks_like_a_file(str(path)):
+        raise InputError(f"{path}: no such model folder: give a folder written by save_pretrained, or a hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder) if folder.is_dir() else str(path), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # OSError, ValueError, JSON, network: all say that this is no tokenizer we can have
+        raise InputError(
+            f"{path}: no tokenizer could be loaded: {_line(error)}: check the path or the hub id"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{path}: the tokenizer has no eos_token, so no answer could end: set it in tokenizer_config.json"
+        )
+    if chat_template is not None:
+        tokenizer.chat_template = _template(chat_template)
+    _ensure_pad(tokenizer)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _ensure_pad(tokenizer) -> None:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    vocabulary = tokenizer.get_vocab()
+    # Where rare text comes out as <unk>, <unk> is a token of texts and no padding.
+    in_texts = set(tokenizer("a \u2603 \U0001f9ff \u0e01", add_special_tokens=False).input_ids)
+    for token in PAD_TOKENS:
+        index = vocabulary.get(token)
+        if index is not None and index not in in_texts and index != tokenizer.eos_token_id:
+            tokenizer.pad_token = token
+            return
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+
+
+def _template(template: str) -> str:
+    if "{" in template:
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise InputError(f"chat_template={_short(template)}: neither a Jinja text nor a file{_near(path)}")
+    return _text(path)
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """First 16 hex digits of the SHA-256 of all that makes ids of text: vocabulary, special tokens, chat template.
+
+    The ids of a probe text stand for what has no common form in all tokenizers: merges and normalisation.
+    """
+    probe = "The 12 quick foxes' naïve café — don't jump!\n\tOK? ABCdef"
+    return fingerprint(
+        [
+            tokenizer.get_vocab(),
+            {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
+            {"template": tokenizer.chat_template, "probe": tokenizer(probe).input_ids},
+        ]
+    )
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Ids of a prompt, up to where the response begins.
+
+    Messages go through the chat template with its generation prompt. A string is one user message; where the
+    tokenizer has no template it is used as it stands, with the special tokens the tokenizer puts in front.
+    There is one bos at most and no eos at the end. Raises InputError for messages the template cannot render.
+    """
+    if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template, so messages cannot be encoded: "
+                "set model.chat_template, or give plain text prompts"
+            )
+        ids = tokenizer(prompt).input_ids
+        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
+            ids = ids[:-1]
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = _render(tokenizer, messages)
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    return ids
+
+
+def _render(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"{tokenizer.name_or_path}: its chat template refuses messages of {roles}: {_line(error)}: "
+            "change the messages or set model.chat_template"
+        ) from error
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_response(tokenizer, text: str) -> list[int]:
+    """Ids of a response: its tokens and one eos, no other special token."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+# ------------------------------------------------------------------------------------------------- what trainers read
+
+
+@dataclass
+class Dropped:
+    """How many rows went on and how many were too long. A row is kept whole or left out, never cut."""
+
+    kept: int
+    too_long: int
+    max_length: int
+
+    def describe(self) -> str:
+        left_out = f"{self.too_long} of {self.kept + self.too_long} left out, longer than {self.max_length} tokens"
+        return f"{self.kept} rows" + (f" ({left_out})" if self.too_long else "")
+
+
+def _keep(encoded: list[Any], lengths: list[int], max_length: int, key: str) -> tuple[list[Any], Dropped]:
+    """The elements no longer than `max_length` tokens, in order; InputError if there is none."""
+    kept = [item for item, length in zip(encoded, lengths, strict=True) if length <= max_length]
+    if not kept:
+        found = (
+            f"all {len(encoded)} rows are longer (the shortest has {min(lengths)})" if encoded else "there are no rows"
+        )
+        raise InputError(f"{key}={max_length} tokens: {found}: raise it or give shorter rows")
+    return kept, Dropped(len(kept), len(encoded) - len(kept), max_length)
+
+
+def sft_dataset(rows: Rows, tokenizer, max_length: int) -> tuple[Dataset, Dropped]:
+    """Pre-tokenised columns for TRL 1.16's SFTTrainer, one row a dialogue:
+
+        input_ids        list[int]  prompt + response + eos
+        completion_mask  list[int]  0 on the prompt, 1 on the response and its eos
+
+    The trainer takes a data set with `input_ids` as it is, without tokenising or adding an eos, and turns the mask
+    into labels (-100 where it is 0) only under `SFTConfig(completion_only_loss=True)`: left at None it finds no
+    `prompt` column and trains on every token. Pass `max_length=None` too: its own would cut rows (default 1024).
+    """
+    from datasets import Dataset
+
+    pairs = [(encode_prompt(tokenizer, r["prompt"]), encode_response(tokenizer, r["completion"])) for r in rows]
+    pairs, dropped = _keep(pairs, [len(p) + len(r) for p, r in pairs], max_length, "max_length")
+    columns = {
+        "input_ids": [prompt + response for prompt, response in pairs],
+        "completion_mask": [[0] * len(prompt) + [1] * len(response) for prompt, response in pairs],
+    }
+    return Dataset.from_dict(columns), dropped
+
+
+def preference_dataset(rows: Rows, tokenizer, max_length: int) -> tuple[Dataset, Dropped]:
+    """Pre-tokenised columns for TRL 1.16's RewardTrainer, one row a pair:
+
+        chosen_ids, rejected_ids  list[int]  prompt + response + eos
+
+    The trainer takes a data set with both as it is and pads on the right. Pass `RewardConfig(max_length=None)`: its
+    default leaves out pairs above 1024 tokens without a word. A pair is dropped if either side is too long.
+    """
+    from datasets import Dataset
+
+    pairs = []
+    for row in rows:
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        pairs.append([prompt + encode_response(tokenizer, row[side]) for side in ("chosen", "rejected")])
+    pairs, dropped = _keep(pairs, [max(map(len, pair)) for pair in pairs], max_length, "max_length")
+    return Dataset.from_dict({"chosen_ids": [c for c, _ in pairs], "rejected_ids": [r for _, r in pairs]}), dropped
+
+
+def prompt_dataset(rows: Rows, tokenizer, max_prompt_length: int) -> tuple[list[Row], Dropped]:
+    """[{"ids": list[int], "index": int, "meta": row}]: `index` is the place in `rows`, also after rows were dropped."""
+    ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [{"ids": ids[index], "index": index, "meta": row} for index, row in enumerate(rows)]
+    return _keep(prompts, [len(prompt) for prompt in ids], max_prompt_length, "max_prompt_length")
+
+
+class PromptSampler:
+    """The order in which prompts are used: every one once an epoch, in an order of `random.Random(seed + epoch)`.
+
+    A step takes the next `n_global` prompts of one global order, going on into the next epoch where one ends; rank r
+    of w takes every w-th of them from the r-th on. So the prompts of a step do not depend on the number of ranks, and
+    every rank advances the same cursor. Deterministic, on the standard library's generator; no torch or numpy state.
+    """
+
+    def __init__(self, size: int, seed: int = 0):
+        if size < 1:
+            raise InputError(f"a sampler needs at least one prompt, found {size}")
+        self.size, self.seed, self.epoch, self.cursor = size, seed, 0, 0
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        # Sorted by draws of random(), the one method whose values Python promises to keep from version to version.
+        draw = random.Random(self.seed + self.epoch).random
+        return sorted(range(self.size), key=lambda _: draw())
+
+    def next(self, n_global: int, rank: int = 0, world: int = 1) -> list[int]:
+        """Positions (0..size-1) of the next step: all `n_global` of them, or with `world` ranks this rank's share."""
+        taken: list[int] = []
+        while len(taken) < n_global:
+            if self.cursor == self.size:
+                self.epoch, self.cursor = self.epoch + 1, 0
+                self._order = self._shuffled()
+            part = self._order[self.cursor : self.cursor + n_global - len(taken)]
+            taken += part
+            self.cursor += len(part)
+        return taken[rank::world]
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps; the next step after `load_state_dict` is the one that would have come."""
+        return {"size": self.size, "seed": self.seed, "epoch": self.epoch, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a checkpoint; InputError if it was of another number of prompts."""
+        if state["size"] != self.size:
+            raise InputError(
+                f"the checkpoint was sampling from {state['size']} prompts, the data set has {self.size}: "
+                "resume with the same data, or start a new run"
+            )
+        self.seed, self.epoch, self.cursor = state["seed"], state["epoch"], state["cursor"]
+        self._order = self._shuffled()
+
+
+def collate_prompts(prompts: Rows, pad_id: int) -> PromptBatch:
+    """Elements of `prompt_dataset` as one batch: ids [P, Lp] i64 padded on the left, mask [P, Lp] bool."""
+    import torch
+
+    longest = max(len(prompt["ids"]) for prompt in prompts)
+    padding = [longest - len(prompt["ids"]) for prompt in prompts]
+    ids = [[pad_id] * pad + prompt["ids"] for pad, prompt in zip(padding, prompts, strict=True)]
+    return PromptBatch(
+        prompt_ids=torch.tensor(ids, dtype=torch.long),
+        prompt_mask=torch.arange(longest).expand(len(prompts), -1) >= torch.tensor(padding)[:, None],
+        prompt_index=torch.tensor([prompt["index"] for prompt in prompts], dtype=torch.long),
+        meta=[prompt["meta"] for prompt in prompts],
+    )

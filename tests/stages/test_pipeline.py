@@ -1,0 +1,189 @@
+"""All stages for real: the tiny model, DeepSpeed's launcher, vLLM, TRL, through the command line a user types."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import alignkit
+from safetensors.torch import load_file
+
+STAGES = ("sft", "sample", "reward", "ppo", "evaluate")
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def manifest(run_dir: Path) -> dict:
+    return json.loads((run_dir / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def common(tiny, rows, tmp_path_factory) -> list[str]:
+    """Overrides of every command of this module."""
+    return [f"runs_dir={tmp_path_factory.mktemp('runs')}", "logger=none"]
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny, rows, common) -> Path:
+    """The whole pipeline on one rank; its run folder."""
+    result = alignkit(
+        "pipeline", *common, "run_name=whole", f"model.path={tiny}", "finetune.last_layers=2", "rollout.max_new_tokens=10",
+        "+reward@sample.rewards.gold=vader", "+reward@evaluate.rewards.gold=vader", "sample.finished_only=false",
+        *(f"{stage}.data.path={rows}" for stage in ("sft", "sample", "ppo", "evaluate")),
+        "sft.mini_batch_size=8", "sft.micro_batch_size=4", "sft.epochs=2", "sft.optimizer.learning_rate=1e-2",
+        "sample.group_size=6", "reward.mini_batch_size=4", "reward.micro_batch_size=2", "reward.eval_fraction=0.3",
+        "ppo.steps=3", "ppo.rollout_batch_size=16", "ppo.mini_batch_size=8", "ppo.micro_batch_size=4", "ppo.group_size=2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr + result.stdout
+    root = Path(common[0].removeprefix("runs_dir=")) / "whole"
+    (root / "terminal.txt").write_text(result.stdout)
+    return root
+
+
+def test_every_stage_is_done_and_its_manifest_says_from_what(pipeline, tiny):
+    for stage in STAGES:
+        made = manifest(pipeline / stage)
+        assert made["status"] == "done" and made["stage"] == stage
+        assert made["base_model"]["path"] == str(tiny) and len(made["base_model"]["hash"]) == 16
+        assert made["versions"]["torch"].startswith("2.")
+    assert manifest(pipeline / "reward")["inputs"]["model"]["path"] == str(pipeline / "sft")
+    assert len({manifest(pipeline / stage)["tokenizer_hash"] for stage in STAGES}) == 1
+
+
+def test_summary_has_the_promised_keys(pipeline):
+    summary = json.loads((pipeline / "summary.json").read_text())
+    for stage in STAGES[:4]:
+        assert summary["stages"][stage]["seconds"] > 0 and summary["stages"][stage]["status"] == "done"
+    for policy in ("base", "sft", "ppo", "ppo_minus_sft"):
+        entry = summary["gold"][policy]
+        assert entry["ci_low"] <= entry["mean"] <= entry["ci_high"]
+    assert math.isfinite(summary["kl"]["per_response"])
+    assert 0 <= summary["reward_model"]["accuracy"] <= 1
+    assert summary["seed"] == 0 and summary["model"] and summary["versions"]
+    assert "<svg" in (pipeline / "report.html").read_text()
+
+
+def test_terminal_shows_a_line_a_stage_and_no_library_noise(pipeline):
+    text = (pipeline / "terminal.txt").read_text()
+    for number, stage in enumerate(STAGES, start=1):
+        assert f"✓ [{number}/5] {stage}" in text
+    assert "Warning" not in text and "WARNING" not in text
+    assert "alignkit pipeline" in text  # the command to go on with
+
+
+def test_first_minibatch_has_ratio_one_and_step_zero_no_kl(pipeline):
+    steps = metrics(pipeline / "ppo")
+    assert [row["step"] for row in steps] == [0, 1, 2]
+    assert steps[0]["objective/kl"] == 0.0
+    for row in steps:
+        assert row["policy/first_ratio_gap_max"] <= 1e-4
+        assert row["rollout/logprob_gap_max"] <= 1e-4
+        assert row["rollout/policy_version"] == row["step"] + 1
+    assert any(row["objective/kl"] != 0 for row in steps[1:])
+
+
+def test_ppo_logs_the_names_of_the_design(pipeline):
+    wanted = {
+        "objective/kl", "objective/score", "objective/entropy", "objective/non_score_reward", "policy/loss", "policy/clip_fraction",
+        "policy/approx_kl", "critic/loss", "critic/explained_variance", "rollout/length", "rollout/finished",
+        "rollout/logprob_gap", "time/generate", "time/forward", "time/update", "time/sync",
+    }  # fmt: skip
+    for row in metrics(pipeline / "ppo"):
+        assert wanted <= row.keys()
+
+
+def test_adapters_moved_and_only_where_they_should(pipeline):
+    sft, ppo = (load_file(pipeline / stage / "model" / "adapter_model.safetensors") for stage in ("sft", "ppo"))
+    assert sft.keys() == ppo.keys()
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in sft} == {2, 3}  # last_layers=2 of 4
+    assert all(not torch.equal(sft[name], ppo[name]) for name in sft)
+
+
+def test_models_load_in_plain_peft_and_transformers(pipeline, tiny):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    ids = torch.tensor([[5, 6, 7, 8]])
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), pipeline / "ppo" / "model")
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        assert not torch.allclose(policy(ids).logits, base(ids).logits, atol=1e-4)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    reward = PeftModel.from_pretrained(classifier, pipeline / "reward" / "model")
+    assert torch.isfinite(reward(ids).logits).all()
+    tokenizer = AutoTokenizer.from_pretrained(pipeline / "ppo" / "model")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.chat_template
+
+
+def test_reward_head_is_normalised_and_critic_starts_as_the_reward_model(pipeline, tiny):
+    """Spec tests 36 and 37: the scores' zero point is kept with the head; V at the last token is the raw score."""
+    from alignkit import artifacts, models
+    from alignkit.finetune.lora import LoRA
+
+    source, reward = (artifacts.resolve_model(str(pipeline / stage)) for stage in ("sft", "reward"))
+    roles = LoRA().roles(models.Model(path=""), source, reward, 320, True, 0).eval()
+    ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        score = roles("reward_model", ids, mask, 5)
+        extended = torch.cat([ids, ids[:, :1]], dim=1)  # values[t] stands before token t: one more token shows the last state
+        values = roles("critic", extended, torch.ones_like(extended, dtype=torch.bool), 5)
+    assert torch.allclose(values[:, -1], score, atol=1e-6)
+    assert manifest(pipeline / "reward")["metrics"]["score_std"] > 0
+    assert roles.heads["reward_model"].bias.item() == pytest.approx(-manifest(pipeline / "reward")["metrics"]["score_mean"], abs=1e-6)
+
+
+def test_stages_run_alone_on_the_artifacts_of_others(pipeline, rows, common):
+    """Each command by itself, here with the slow twin for the rollouts; the reward is a user's function."""
+    reward = pipeline / "mine.py"
+    reward.write_text("def score(prompts, responses, meta):\n    return [float(len(r)) for r in responses]\n")
+    result = alignkit(
+        "ppo", *common, "run_name=alone", f"model.path={pipeline / 'sft'}", f"data.path={rows}", "rollout=hf", "rollout.max_new_tokens=6",
+        f"rewards.reward_model.path={pipeline / 'reward'}", "+reward@rewards.mine=function", f"rewards.mine.target={reward}:score",
+        "steps=1", "rollout_batch_size=8", "mini_batch_size=8", "micro_batch_size=4", "deepspeed=zero1", "logger=tensorboard",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr + result.stdout
+    run_dir = pipeline.parent / "alone" / "ppo"
+    row = metrics(run_dir)[0]
+    assert row["objective/score"] == pytest.approx(row["objective/score/reward_model"] + row["objective/score/mine"], abs=1e-4)
+    assert row["rollout/logprob_gap_max"] < 1e-5
+    assert list(run_dir.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_two_ranks_compute_what_one_computes(stage, pipeline, tiny, rows, common):
+    """Same seed and global batch, fp32: the losses of the first three optimizer steps agree to 1e-5."""
+    inputs = {
+        "sft": [f"model.path={tiny}", f"data.path={rows}", "optimizer.learning_rate=1e-3"],
+        "reward": [f"model.path={pipeline / 'sft'}", f"data.path={pipeline / 'sample' / 'pairs.jsonl'}"],
+        "ppo": [
+            f"model.path={pipeline / 'sft'}", f"data.path={rows}", f"rewards.reward_model.path={pipeline / 'reward'}",
+            "rollout.max_new_tokens=10", "rollout_batch_size=16", "steps=3",
+        ],
+    }[stage]  # fmt: skip
+    sizes = ["mini_batch_size=8", "micro_batch_size=4"] + ([] if stage == "ppo" else ["max_steps=3"])
+    found = {}
+    for ranks in (1, 2):
+        result = alignkit(stage, *common, f"run_name=ranks{ranks}", f"launcher.num_ranks={ranks}", *inputs, *sizes)
+        assert result.returncode == 0, result.stderr + result.stdout
+        found[ranks] = metrics(pipeline.parent / f"ranks{ranks}" / stage)[:3]
+    names = {"sft": ["policy/loss"], "reward": ["reward_model/loss"], "ppo": ["policy/loss", "critic/loss", "objective/score", "objective/kl"]}
+    for one, two in zip(found[1], found[2], strict=True):
+        for name in names[stage]:
+            assert one[name] == pytest.approx(two[name], abs=1e-5), (one["step"], name)
+    assert any(row[name] for row in found[1] for name in names[stage][:1])
+
+
+def test_refusal_on_a_rank_ends_with_code_2_and_its_reason(pipeline, rows, common):
+    result = alignkit(
+        "ppo", *common, "run_name=refused", f"model.path={pipeline / 'sft'}", f"data.path={rows}", "max_prompt_length=2",
+        f"rewards.reward_model.path={pipeline / 'reward'}", "rollout_batch_size=8", "mini_batch_size=8",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "max_prompt_length=2" in result.stderr
+    assert manifest(pipeline.parent / "refused" / "ppo")["status"] == "failed"
