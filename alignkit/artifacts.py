@@ -126,8 +126,8 @@ def resolve_model(path: str, key: str = "model.path") -> ModelSource:
     if path.startswith("demo:"):
         from alignkit import demo
 
-        folder = str(demo.model(path.removeprefix("demo:")))
-        return ModelSource(base=folder, tokenizer=folder)
+        prepared = str(demo.model(path.removeprefix("demo:")))
+        return ModelSource(base=prepared, tokenizer=prepared)
     folder = Path(path)
     if (folder / "manifest.json").is_file():
         manifest = finished(folder, key)

@@ -69,6 +69,11 @@ def _hydra(command: str, arguments: list[str]) -> None:
 
     config.register()
     sys.argv = [f"alignkit {command}", *arguments]
+    if {"-h", "--help"} & set(arguments) and not any(a.startswith("--hydra-help") for a in arguments):
+        try:
+            return print(command_help(command, [a for a in arguments if not a.startswith("-")]))
+        except (HydraException, OmegaConfBaseException) as error:
+            _refuse(explain(error, command))
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come out here rather than be printed over many lines
 
@@ -100,6 +105,25 @@ def _hydra(command: str, arguments: list[str]) -> None:
         if show_traceback:
             raise
         _refuse(explain(error, command))
+
+
+def command_help(command: str, overrides: list[str]) -> str:
+    """What `alignkit COMMAND --help` says. Hydra's own help takes seconds: it copies every schema for every group."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from alignkit import config
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = compose(command, overrides)
+    groups: dict[str, Any] = {group: config.components(group) for group in config.GROUPS}
+    groups["experiment"] = {path.stem: path for path in (conf_dir() / "experiment").glob("*.yaml")}
+    lines = "\n".join(f"  {group}: {', '.join(sorted(options))}" for group, options in groups.items() if options)
+    return (
+        f"alignkit {command}: {COMMANDS[command]}\n\nusage: alignkit {command} [key=value …] [--cfg job] [-m]\n\n"
+        f"Groups (group=option; the first time a name is added, +group=option)\n{lines}\n\n"
+        f"Keys and their defaults (??? must be given; alignkit/config.py says what each means)\n\n{OmegaConf.to_yaml(composed)}"
+    )
 
 
 def conf_dir() -> Path:
@@ -219,11 +243,18 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
         {role: ModelSource} of those that exist now.
     """
     from alignkit import artifacts
+    from alignkit.types import InputError
 
     sources = {}
     for role, path in cfg.inputs().items():
         if path and path not in later:
-            sources[role] = artifacts.resolve_model(path, role if "." in role else f"{role}.path")
+            key = f"{role}.path" if role.startswith("rewards.") or "." not in role else role
+            source = sources[role] = artifacts.resolve_model(path, key)
+            stage = (artifacts.read_manifest(source.run) or {}).get("stage") if source.run else None
+            if role.startswith("rewards.") and stage not in (None, "reward"):
+                raise InputError(
+                    f"{key}={path}: a run of {stage}, which has no score; expected one of reward, as runs/<name>/reward"
+                )
     artifacts.check_hand_off(cfg.stage, sources)
     for reward in getattr(cfg, "rewards", {}).values():
         if hasattr(reward, "load"):
@@ -248,28 +279,34 @@ def explain(error: Exception, command: str) -> str:
     """A Hydra or OmegaConf error as one line that names the key and the nearest real one."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
 
     from alignkit import config
 
-    cause = error
+    cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    text = config.one_line(error)
-    key = _unknown_key(str(error), str(cause))
+    text = config.one_line(error).split(" Config search path:")[0]
+    key = getattr(cause, "full_key", None) if "not in" in str(cause) else None
+    key = key or _unknown_key(str(error), str(cause))
     if key is None:
         detail = config.one_line(cause)
         return text if detail == text else f"{text.splitlines()[0]} {detail}"
     GlobalHydra.instance().clear()
+    chosen = [o for o in sys.argv[1:] if o.lstrip("+~").split("=")[0].split("@")[0] in config.GROUPS]
+    experiments = [o for o in sys.argv[1:] if o.lstrip("+").startswith("experiment=")]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose(
-            command,
-            [
-                o
-                for o in sys.argv[1:]
-                if o.startswith(("+experiment", "experiment", "+reward@", "algorithm=", "rollout="))
-            ],
-        )
+        try:
+            composed = compose(command, experiments + chosen)
+        except HydraException:  # the mistake is in the experiment file itself, or it lies elsewhere
+            composed = compose(command, chosen)
+    parent = OmegaConf.select(composed, key.rpartition(".")[0]) if "." in key else None
+    if isinstance(parent, DictConfig) and OmegaConf.get_type(parent) is dict:  # open: columns, policies, rewards
+        return f"{key} is new in {key.rpartition('.')[0]}, which takes any name: write +{key}=..."
     near = config.nearest_key(key, composed)
+    if near == key:
+        return f"{key} takes its own keys one by one: write +{key}.<name>=..."
     return f"no config key {key!r}{f': did you mean {near}?' if near else ''} (alignkit {command} --cfg job lists them all)"
 
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from alignkit.data import Data
+from alignkit.data import Data, Kind
 from alignkit.engine import Optimizer
 from alignkit.models import Model
 from alignkit.types import InputError
@@ -54,7 +54,7 @@ class Stage:
     logger: Any = MISSING
 
     stage: ClassVar[str] = ""
-    row_kind: ClassVar[str] = "prompt"
+    row_kind: ClassVar[Kind] = "prompt"
     groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger")
 
     @property
@@ -64,6 +64,8 @@ class Stage:
 
     def check(self) -> None:
         """Raise InputError where two fields contradict each other; see the stages below."""
+        if self.launcher.num_ranks < 1:
+            raise InputError(f"launcher.num_ranks={self.launcher.num_ranks}: expected 1 or more")
         parts = self.run_name.split("/")
         if any(part in ("", ".", "..") or set(part) - _NAME_LETTERS for part in parts):
             raise InputError(
@@ -116,7 +118,7 @@ class SFT(TrainStage):
     neftune_noise_alpha: float | None = None  # noise on the embeddings (arXiv 2310.05914), None: off
 
     stage: ClassVar[str] = "sft"
-    row_kind: ClassVar[str] = "sft"
+    row_kind: ClassVar[Kind] = "sft"
 
 
 @dataclass
@@ -132,7 +134,7 @@ class Reward(TrainStage):
             raise InputError(f"normalize={self.normalize!r}: expected mean, mean_std or none")
 
     stage: ClassVar[str] = "reward"
-    row_kind: ClassVar[str] = "preference"
+    row_kind: ClassVar[Kind] = "preference"
 
 
 @dataclass
@@ -142,6 +144,7 @@ class Sample(Stage):
     rollout: Any = MISSING
     rewards: dict[str, Any] = field(default_factory=dict)  # {name: reward}: the score that ranks the answers
     group_size: int = 4  # answers a prompt
+    pairs_per_prompt: int = 1  # best with worst, second best with second worst, …
     max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
     min_margin: float = 0.0  # a pair needs best score - worst score above this
     finished_only: bool = True  # pairs are made of answers that ended by themselves
@@ -154,6 +157,11 @@ class Sample(Stage):
         _some_reward(self)
         if self.group_size < 2:
             raise InputError(f"group_size={self.group_size}: a pair needs at least 2 answers a prompt")
+        if not 1 <= self.pairs_per_prompt <= self.group_size // 2:
+            raise InputError(
+                f"pairs_per_prompt={self.pairs_per_prompt} with group_size={self.group_size}: expected 1 to {self.group_size // 2}, "
+                "since every pair takes two answers"
+            )
 
     def inputs(self) -> dict[str, str]:
         return super().inputs() | _reward_inputs(self)
@@ -258,10 +266,10 @@ class Pipeline:
         return [self.sft, self.sample, self.reward, self.ppo, self.evaluate]
 
 
-STAGES: dict[str, type] = {cls.stage: cls for cls in (SFT, Sample, Reward, PPO, Evaluate, Pipeline)}
+STAGES: dict[str, Any] = {cls.stage: cls for cls in (SFT, Sample, Reward, PPO, Evaluate, Pipeline)}
 
 
-def components(group: str) -> dict[str, type]:
+def components(group: str) -> dict[str, Any]:
     """{name: dataclass} of a group, in alphabetical order. Imports its files, which import nothing heavy."""
     root = importlib.import_module(GROUPS[group])
     modules = [root]
@@ -276,7 +284,7 @@ def components(group: str) -> dict[str, type]:
         for cls in vars(module).values():
             if isinstance(cls, type) and is_dataclass(cls) and cls.__module__ == module.__name__:
                 names = [f.default for f in fields(cls) if f.name == "name"]
-                if names and isinstance(names[0], str):
+                if names and isinstance(names[0], str) and names[0]:  # "": what several options share
                     found[names[0]] = cls
     return dict(sorted(found.items()))
 
@@ -314,6 +322,9 @@ def to_config(composed: DictConfig, stage: str) -> Any:
         raise InputError(one_line(error)) from None
     if not isinstance(config, STAGES[stage]):
         raise InputError(f"not a {stage} config: its file must have {stage}_schema first in its defaults list")
+    if stray := _stray(composed):  # Hydra's "+" adds what no dataclass has a field for
+        near = nearest_key(stray[0], OmegaConf.structured(config))
+        raise InputError(f"no config key {stray[0]!r}{f': did you mean {near}?' if near else ''}")
     for part in config.stages() if isinstance(config, Pipeline) else [config]:
         part.check()
     return config
@@ -355,11 +366,21 @@ def nearest_key(key: str, config: DictConfig) -> str | None:
     return next((name for name in known if same_end and name.rsplit(".", 1)[-1] == same_end[0]), None)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An OmegaConf or Hydra error without its trailing block of internals."""
     text = " ".join(line.strip() for line in str(error).splitlines() if not line.strip().startswith("object_type="))
     full_key = getattr(error, "full_key", None)
     return text.replace(f"full_key: {full_key}", "").strip() + (f" (key: {full_key})" if full_key else "")
+
+
+def _stray(node: Any, prefix: str = "") -> list[str]:
+    """The keys below `node` that its dataclass has no field for."""
+    if not isinstance(node, DictConfig):
+        return []
+    cls = OmegaConf.get_type(node)
+    known = {f.name for f in fields(cls)} if is_dataclass(cls) else set(node)
+    inner = [_stray(node[key], f"{prefix}{key!s}.") for key in node if not OmegaConf.is_missing(node, key)]
+    return [f"{prefix}{key!s}" for key in node if key not in known] + [name for part in inner for name in part]
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:
@@ -385,9 +406,8 @@ def _divides(name: str, value: int, **factors: int) -> None:
         product *= factor
     if value % product:
         parts = " x ".join(f"{key}={factor}" for key, factor in factors.items())
-        raise InputError(
-            f"{name}={value} is not a multiple of {parts} = {product}; try {name}={(value // product + 1) * product}"
-        )
+        parts += f" = {product}" if len(factors) > 1 else ""
+        raise InputError(f"{name}={value} is not a multiple of {parts}; try {name}={(value // product + 1) * product}")
 
 
 def _some_reward(config: Any) -> None:

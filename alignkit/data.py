@@ -290,7 +290,7 @@ def _pick(where: str, row: Row, columns: dict[str, str], name: str) -> tuple[str
     near = (
         [alias for alias in ALIASES.get(name, ()) if alias in free] or difflib.get_close_matches(name, free, 1) or free
     )
-    fix = f"data.columns.{name}={near[0]}" if near else f"add it, or set data.columns.{name} to its column"
+    fix = f"+data.columns.{name}={near[0]}" if near else f"add it, or map its column with +data.columns.{name}=..."
     raise InputError(f"{where}: no field '{column}', the row has {', '.join(map(str, row)) or 'none'}: {fix}")
 
 

@@ -34,6 +34,7 @@ class RunError(RuntimeError):
     """A run stops while working: the command ends with exit code 1."""
 
 
+@dataclass
 class _Select:
     """Row selection, shared by every dataclass whose tensors have the sequence as first axis."""
 

@@ -96,7 +96,7 @@ class LoRA:
             heads["reward_model"] = models.load_head(reward.adapter)
             adapters |= {"reward_model"}
         if needs_critic:
-            if reward is not None:
+            if reward is not None and reward.adapter is not None:
                 _load_trunk_adapter(peft, reward.adapter, "critic")
                 heads["critic"] = models.load_head(reward.adapter)
             else:

@@ -40,9 +40,15 @@ class Function:
             if not path.is_file():
                 raise InputError(f"reward target {self.target!r}: no such file as {path.absolute()}")
             spec = importlib.util.spec_from_file_location(f"alignkit_user_{path.stem}", path)
+            assert spec is not None and spec.loader is not None  # a .py file that exists has both
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
+            try:
+                spec.loader.exec_module(module)
+            except Exception as error:
+                raise InputError(
+                    f"reward target {self.target!r}: {path} does not load: {type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
         else:
             try:
                 module = importlib.import_module(where)

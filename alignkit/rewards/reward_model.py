@@ -30,6 +30,7 @@ class RewardModel:
 
         def score(rollouts: Rollouts) -> Tensor:
             if not roles:
+                assert context.resolve is not None and context.model is not None  # given by every stage that scores
                 roles.append(
                     models.load_reward(context.resolve(self.path), context.model, len(context.tokenizer)).to(
                         context.device

@@ -42,6 +42,7 @@ class HFSampler:
         from alignkit.models import position_ids
 
         roles, context, law = self.context.roles, self.context, self.sampling
+        assert roles is not None  # every stage gives one
         roles.switch(self.role)
         hf = roles.model(self.role)
         ids = prompts.prompt_ids.repeat_interleave(group_size, 0).to(hf.device)

@@ -63,7 +63,8 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
                 )  # fmt: skip
             bar.update(version, **{name: float(scored.scores.mean())})
             del hf, roles
-    sampler.close()
+    if sampler is not None:
+        sampler.close()
 
     # 3. Means with intervals, differences to the reference prompt by prompt.
     order = {name: i for i, name in enumerate(sources)}

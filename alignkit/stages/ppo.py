@@ -247,7 +247,7 @@ def join(parts: list[Any]) -> Any:
         return [item for part in parts for item in part]
     if isinstance(first, dict):
         return {key: join([part[key] for part in parts]) for key in first}
-    if is_dataclass(first):
+    if is_dataclass(first) and not isinstance(first, type):
         return type(first)(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(first)})
     return first
 

@@ -43,15 +43,11 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
             texts = rewards.response_texts(tokenizer, scored.rollouts)
             for first in range(0, len(texts), cfg.group_size):
                 group = slice(first, first + cfg.group_size)
-                pair = make_pair(
-                    scored.rollouts.meta[first],
-                    texts[group],
-                    scored.scores[group].tolist(),
-                    scored.rollouts.finished[group].tolist() if cfg.finished_only else [True] * cfg.group_size,
-                    cfg.min_margin,
-                )
-                pairs += [pair] if pair else []
-                answered += scored.scores[group].tolist()
+                done = scored.rollouts.finished[group].tolist() if cfg.finished_only else [True] * cfg.group_size
+                scores = scored.scores[group].tolist()
+                meta = scored.rollouts.meta[first]
+                pairs += make_pairs(meta, texts[group], scores, done, cfg.pairs_per_prompt, cfg.min_margin)
+                answered += scores
             kept = len(pairs)
             bar.update(
                 min((start + chunk) * world.size, len(prompts)),
@@ -64,7 +60,7 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     shares = world.gather((pairs, answered))
     pairs = sorted((pair for share, _ in shares for pair in share), key=lambda pair: pair["prompt_index"])
     scores = [s for _, share in shares for s in share]
-    skipped = len(prompts) - len(pairs)
+    skipped = len(prompts) - len({pair["prompt_index"] for pair in pairs})
     which = "finished answers" if cfg.finished_only else "answers"
     log.note(
         f"{len(pairs)} pairs of {len(prompts)} prompts; {skipped} had no two {which} with scores more than {cfg.min_margin} apart"
@@ -90,17 +86,20 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     return metrics, facts
 
 
-def make_pair(
-    meta: dict, texts: list[str], scores: list[float], finished: list[bool], min_margin: float
-) -> dict | None:
-    """Best against worst of the finished, non-empty, distinct answers to one prompt; None where they score alike."""
-    answers = [(s, t.strip()) for s, t, f in zip(scores, texts, finished, strict=True) if f and t.strip()]
-    if len(answers) < 2:
-        return None
-    (low, worst), (high, best) = min(answers, key=lambda a: a[0]), max(answers, key=lambda a: a[0])
-    if high - low <= min_margin or best == worst:
-        return None
-    return {
-        "prompt": meta["prompt"], "chosen": best, "rejected": worst,
-        "chosen_score": high, "rejected_score": low, "prompt_index": meta["prompt_index"],
-    }  # fmt: skip
+def make_pairs(
+    meta: dict, texts: list[str], scores: list[float], finished: list[bool], count: int, min_margin: float
+) -> list[dict]:
+    """Up to `count` pairs of the finished, non-empty, distinct answers to one prompt: best with worst, second best with
+    second worst, and so on while the scores are more than `min_margin` apart."""
+    answers = {t.strip(): s for s, t, f in zip(scores, texts, finished, strict=True) if f and t.strip()}
+    ranked = sorted(answers.items(), key=lambda answer: (-answer[1], answer[0]))
+    pairs = []
+    for (best, high), (worst, low) in zip(ranked[: min(count, len(ranked) // 2)], ranked[::-1], strict=False):
+        if high - low > min_margin:
+            pairs.append(
+                {
+                    "prompt": meta["prompt"], "chosen": best, "rejected": worst,
+                    "chosen_score": high, "rejected_score": low, "prompt_index": meta["prompt_index"],
+                }
+            )  # fmt: skip
+    return pairs

@@ -131,11 +131,15 @@ def test_reward_head_is_normalised_and_critic_starts_as_the_reward_model(pipelin
     mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
         score = roles("reward_model", ids, mask, 5)
-        extended = torch.cat([ids, ids[:, :1]], dim=1)  # values[t] stands before token t: one more token shows the last state
+        extended = torch.cat(
+            [ids, ids[:, :1]], dim=1
+        )  # values[t] stands before token t: one more token shows the last state
         values = roles("critic", extended, torch.ones_like(extended, dtype=torch.bool), 5)
     assert torch.allclose(values[:, -1], score, atol=1e-6)
     assert manifest(pipeline / "reward")["metrics"]["score_std"] > 0
-    assert roles.heads["reward_model"].bias.item() == pytest.approx(-manifest(pipeline / "reward")["metrics"]["score_mean"], abs=1e-6)
+    assert roles.heads["reward_model"].bias.item() == pytest.approx(
+        -manifest(pipeline / "reward")["metrics"]["score_mean"], abs=1e-6
+    )
 
 
 def test_stages_run_alone_on_the_artifacts_of_others(pipeline, rows, common):
@@ -150,7 +154,9 @@ def test_stages_run_alone_on_the_artifacts_of_others(pipeline, rows, common):
     assert result.returncode == 0, result.stderr + result.stdout
     run_dir = pipeline.parent / "alone" / "ppo"
     row = metrics(run_dir)[0]
-    assert row["objective/score"] == pytest.approx(row["objective/score/reward_model"] + row["objective/score/mine"], abs=1e-4)
+    assert row["objective/score"] == pytest.approx(
+        row["objective/score/reward_model"] + row["objective/score/mine"], abs=1e-4
+    )
     assert row["rollout/logprob_gap_max"] < 1e-5
     assert list(run_dir.rglob("events.out.tfevents.*"))
 
@@ -172,7 +178,11 @@ def test_two_ranks_compute_what_one_computes(stage, pipeline, tiny, rows, common
         result = alignkit(stage, *common, f"run_name=ranks{ranks}", f"launcher.num_ranks={ranks}", *inputs, *sizes)
         assert result.returncode == 0, result.stderr + result.stdout
         found[ranks] = metrics(pipeline.parent / f"ranks{ranks}" / stage)[:3]
-    names = {"sft": ["policy/loss"], "reward": ["reward_model/loss"], "ppo": ["policy/loss", "critic/loss", "objective/score", "objective/kl"]}
+    names = {
+        "sft": ["policy/loss"],
+        "reward": ["reward_model/loss"],
+        "ppo": ["policy/loss", "critic/loss", "objective/score", "objective/kl"],
+    }
     for one, two in zip(found[1], found[2], strict=True):
         for name in names[stage]:
             assert one[name] == pytest.approx(two[name], abs=1e-5), (one["step"], name)
