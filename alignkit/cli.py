@@ -345,7 +345,8 @@ def _set_aside(run_dir: Path) -> None:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
-    return lines[-1] if lines else "(the log is empty)"
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return (errors or lines or ["(the log is empty)"])[-1]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -184,7 +184,6 @@ class PPO(Stage):
     group_size: int = 1  # responses a prompt
     max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
     sample_every: int = 1  # write some rollouts to samples.jsonl every so many steps
-    save_steps: int = 0  # a checkpoint every so many steps; 0: none but the model at the end
 
     stage: ClassVar[str] = "ppo"
     groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "finetune", "algorithm", "rollout")

@@ -40,6 +40,7 @@ def main() -> int:
             if rank == 0:
                 artifacts.write_manifest(run_dir, status="failed", error=f"{type(error).__name__}: {error}")
             traceback.print_exc()
+            log.close()
             sys.stderr.flush()
             os._exit(2 if kind == "input" else 1)  # peers may hang in a collective: the launcher ends them
         if rank == 0:

@@ -27,6 +27,12 @@ class LoRA:
     target_modules: Any = "all-linear"  # or a list of module names, as in PEFT
     last_layers: int | None = None  # adapt only the last so many blocks; None: all. Backward stops below them
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"finetune.rank={self.rank}: expected 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"finetune.dropout={self.dropout}: expected 0 <= dropout < 1")
+
     def peft_config(self, task_type: str, hf: nn.Module) -> Any:
         """PEFT's LoraConfig for `hf`."""
         from peft import LoraConfig
