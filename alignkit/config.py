@@ -177,6 +177,7 @@ class PPO(Stage):
     rewards: dict[str, Any] = field(default_factory=dict)  # {name: reward}, summed with their weights
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-4, schedule="linear"))
     critic_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-4, schedule="linear"))
+    critic_head: str = "reward_model"  # where values start: reward_model (its head) | zero (at 0; its adapter is kept)
     steps: int = 100  # rollout-and-update rounds
     rollout_batch_size: int = 64  # sequences of one round, over all ranks
     mini_batch_size: int = 32  # sequences of one optimizer step, over all ranks
@@ -201,6 +202,8 @@ class PPO(Stage):
         _divides("rollout_batch_size", self.rollout_batch_size, mini_batch_size=self.mini_batch_size)
         _divides("rollout_batch_size", self.rollout_batch_size, group_size=self.group_size, ranks=ranks)
         _divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
+        if self.critic_head not in ("reward_model", "zero"):
+            raise InputError(f"critic_head={self.critic_head!r}: expected reward_model or zero")
         self.algorithm.check()
         self.rollout.check()
 

@@ -41,6 +41,9 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         roles = cfg.finetune.roles(
             cfg.model, source, reward_source, len(tokenizer), algorithm.needs_critic, cfg.seed
         ).to(world.device)
+        if cfg.critic_head == "zero" and "critic" in roles.heads:
+            for parameter in roles.heads["critic"].parameters():
+                torch.nn.init.zeros_(parameter)
         engines = {
             role: Engine(
                 roles, cfg.finetune.parameters(roles, role), optimizer, cfg.deepspeed, world,
