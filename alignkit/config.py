@@ -184,6 +184,7 @@ class PPO(Stage):
     micro_batch_size: int = 8  # sequences of one forward on one device
     group_size: int = 1  # responses a prompt
     max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
+    keep_shared_states: bool = True  # of a round, after the blocks no role adapts: B x (Lp + Lr) x hidden numbers
     sample_every: int = 1  # write some rollouts to samples.jsonl every so many steps
 
     stage: ClassVar[str] = "ppo"

@@ -265,33 +265,39 @@ def map_rows(
     """Run a no-grad forward over all rows, in micro-batches of like length with the padding cut off.
 
     Args:
-        function: (ids [b, l], mask [b, l], slots) -> [b], [b, slots] or a tuple of those (None entries allowed).
+        function: (ids [b, l], mask [b, l], slots) -> [b], [b, slots], [b, l, d] or a tuple of those (None allowed).
         ids, mask: [B, L] prompt (left-padded) and response (right-padded).
         response_slots: Lr, how many of the L slots are the response's.
 
     Returns:
-        What `function` returns, for all B rows in their order, with Lr slots again, 0 where cut.
+        What `function` returns, for all B rows in their order, the cut slots back as 0.
     """
     import torch
+    from torch.nn.functional import pad
 
-    device = ids.device
+    length = mask.shape[1]
     results: list[Any] = []
-    order = []
+    windows: list[slice] = []
+    order: list[Tensor] = []
     with torch.no_grad():
         for index in by_length(mask, micro_batch_size):
-            cut_ids, cut_mask, slots = trim(ids[index], mask[index], response_slots)
-            results.append(function(cut_ids, cut_mask, slots))
+            window, slots = trim(mask[index], response_slots)
+            results.append(function(ids[index, window], mask[index, window], slots))
+            windows.append(window)
             order.append(index)
     back = torch.cat(order).argsort()
+
+    def restore(part: Tensor, window: slice) -> Tensor:
+        if part.dim() == 3:  # states of every slot
+            return pad(part, (0, 0, window.start, length - window.stop))
+        return pad(part, (0, length - window.stop)) if part.dim() == 2 else part
 
     def whole(parts: list[Any]) -> Any:
         if parts[0] is None:
             return None
         if isinstance(parts[0], tuple):
             return tuple(whole(list(column)) for column in zip(*parts, strict=True))
-        return torch.cat([pad_slots(part, response_slots) if part.dim() == 2 else part for part in parts])[back].to(
-            device
-        )
+        return torch.cat([restore(part, window) for part, window in zip(parts, windows, strict=True)])[back]
 
     return whole(results)
 
@@ -302,24 +308,16 @@ def by_length(mask: Tensor, micro_batch_size: int) -> list[Tensor]:
     return list(order.split(micro_batch_size))
 
 
-def trim(ids: Tensor, mask: Tensor, response_slots: int) -> tuple[Tensor, Tensor, int]:
-    """Cut the slots that are padding in every row, left of the prompts and right of the responses.
+def trim(mask: Tensor, response_slots: int) -> tuple[slice, int]:
+    """What to keep of the slots of a micro-batch: all but those that are padding in every row.
 
-    At least one response slot stays. Returns (ids, mask, response slots left).
+    Returns:
+        (window of the L slots, response slots in it); at least one response slot stays.
     """
-    length = mask.shape[1]
-    prompt_slots = length - response_slots
+    prompt_slots = mask.shape[1] - response_slots
     prompt_kept = int(mask[:, :prompt_slots].sum(1).max()) if prompt_slots else 0
     kept = max(1, int(mask[:, prompt_slots:].sum(1).max()))
-    window = slice(prompt_slots - prompt_kept, prompt_slots + kept)
-    return ids[:, window], mask[:, window], kept
-
-
-def pad_slots(x: Tensor, slots: int) -> Tensor:
-    """[b, s] -> [b, slots], zeros on the right."""
-    import torch
-
-    return torch.nn.functional.pad(x, (0, slots - x.shape[1]))
+    return slice(prompt_slots - prompt_kept, prompt_slots + kept), kept
 
 
 def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -116,6 +116,7 @@ class Experience(_Select):
     advantages: Tensor  # [B, Lr] f32, 0 outside the mask
     values: Tensor | None  # [B, Lr] f32, before the update; None without a critic
     returns: Tensor | None  # [B, Lr] f32, from unwhitened advantages; None without a critic
+    shared_states: Tensor | None = None  # [B, Lp + Lr, d], after the blocks that no role adapts; None: not kept
 
 
 @dataclass

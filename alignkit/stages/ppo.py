@@ -90,6 +90,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                 seen.get(k) for k in ("policy", "ref_policy", "critic", "entropy")
             )
             experience, metrics = algorithm.experience(scored, old_logprobs, ref_logprobs, values, kl.value)
+            experience.shared_states = seen.get("shared_states")
             mask = experience.response_mask
             metrics |= {
                 "objective/entropy": (float((entropy * mask).sum()), int(mask.sum())),
@@ -149,13 +150,13 @@ def forward(cfg: PPO, roles: torch.nn.Module, rollouts: Rollouts) -> dict[str, t
 
     Returns:
         policy, ref_policy: log-probs [B, Lr]; entropy: the policy's [B, Lr]; critic: values [B, Lr];
-        reward_model: scores [B]. Roles that the run has not are absent.
+        reward_model: scores [B]; shared_states: [B, Lp + Lr, d]. What the run has not is absent.
     """
     names = [role for role in ("policy", "ref_policy", "critic", "reward_model") if role in roles.role_of]
 
-    def every_role(ids: torch.Tensor, mask: torch.Tensor, slots: int) -> tuple[torch.Tensor, ...]:
+    def every_role(ids: torch.Tensor, mask: torch.Tensor, slots: int) -> tuple[torch.Tensor | None, ...]:
         lower = roles.shared(ids, mask)  # the blocks that no role adapts, once for all
-        results = []
+        results = [lower if cfg.keep_shared_states else None]
         for role in names:
             out = roles(role, ids, mask, slots, cfg.rollout.temperature, role == "policy", lower)
             results += [t for t in out if t is not None] if isinstance(out, tuple) else [out]
@@ -164,7 +165,8 @@ def forward(cfg: PPO, roles: torch.nn.Module, rollouts: Rollouts) -> dict[str, t
     found = models.map_rows(
         every_role, rollouts.ids, rollouts.mask, rollouts.response_ids.shape[1], cfg.micro_batch_size
     )
-    return dict(zip([names[0], "entropy", *names[1:]], found, strict=True))
+    named = dict(zip(["shared_states", names[0], "entropy", *names[1:]], found, strict=True))
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def optimize(cfg: PPO, roles: torch.nn.Module, engines: dict[str, Engine], batch: Experience, world: World) -> Metrics:
@@ -182,9 +184,10 @@ def optimize(cfg: PPO, roles: torch.nn.Module, engines: dict[str, Engine], batch
     for number, index in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         part = batch.select(index)
-        ids, mask, kept = models.trim(part.ids, part.mask, slots)
-        part = cut_response(part, kept)
-        lower = roles.shared(ids, mask)
+        window, kept = models.trim(part.mask, slots)
+        part = cut(part, window, kept)
+        ids, mask = part.ids, part.mask
+        lower = roles.shared(ids, mask) if part.shared_states is None else part.shared_states
         logprobs, entropy = engines["policy"](
             "policy", ids, mask, kept, cfg.rollout.temperature, algorithm.ent_coef > 0, lower
         )
@@ -209,10 +212,11 @@ def optimize(cfg: PPO, roles: torch.nn.Module, engines: dict[str, Engine], batch
     return {name: (value, 1.0) for name, value in reduced.items()} | norms
 
 
-def cut_response(batch: Experience, slots: int) -> Experience:
-    """The first `slots` response slots of every response field (ids and mask of the whole are left as they are)."""
-    names = [f.name for f in fields(batch) if f.name not in ("ids", "mask") and getattr(batch, f.name) is not None]
-    return replace(batch, **{name: getattr(batch, name)[:, :slots] for name in names})
+def cut(batch: Experience, window: slice, slots: int) -> Experience:
+    """The slots in `window` of what covers prompt and response, the first `slots` of what covers the response."""
+    whole = ("ids", "mask", "shared_states")
+    present = {f.name: getattr(batch, f.name) for f in fields(batch) if getattr(batch, f.name) is not None}
+    return replace(batch, **{k: x[:, window] if k in whole else x[:, :slots] for k, x in present.items()})
 
 
 def gather(world: World, group_size: int, pad_id: int, scored: ScoredRollouts, seen: dict[str, torch.Tensor]) -> tuple:
@@ -222,10 +226,12 @@ def gather(world: World, group_size: int, pad_id: int, scored: ScoredRollouts, s
     device = scored.scores.device
     shares = world.gather(move((scored, seen), torch.device("cpu")))
     slots = max(share[0].rollouts.prompt_ids.shape[1] for share in shares)
-    for theirs, _ in shares:
+    for theirs, results in shares:
         pad = slots - theirs.rollouts.prompt_ids.shape[1]
         theirs.rollouts.prompt_ids = torch.nn.functional.pad(theirs.rollouts.prompt_ids, (pad, 0), value=pad_id)
         theirs.rollouts.prompt_mask = torch.nn.functional.pad(theirs.rollouts.prompt_mask, (pad, 0), value=False)
+        if "shared_states" in results:
+            results["shared_states"] = torch.nn.functional.pad(results["shared_states"], (0, 0, pad, 0))
     rows = len(scored.scores)
     # Row i of rank r answers, as sibling i % G, the drawn prompt (i // G) * world + r.
     place = [
