@@ -179,25 +179,35 @@ def finished(run_dir: Path, key: str) -> dict[str, Any]:
     return manifest
 
 
-def check_hand_off(stage: str, sources: dict[str, ModelSource]) -> None:
-    """Refuse inputs that were made with another tokenizer, template or base than the model's.
+def check_hand_off(sources: dict[str, ModelSource]) -> None:
+    """Refuse runs that were made with different tokenizers or templates to work together in one stage.
 
     Raises:
-        InputError: naming both sides and the command that mends it.
+        InputError: naming both runs and the command that mends it.
     """
-    main = sources.get("model")
-    if main is None or main.run is None:
-        return
-    ours = read_manifest(main.run) or {}
-    for role, source in sources.items():
-        theirs = read_manifest(source.run) if source.run is not None else None
-        if theirs is None or role == "model":
-            continue
-        a, b = ours.get("tokenizer_hash"), theirs.get("tokenizer_hash")
-        if a != b:
+    runs = {role: source.run for role, source in sources.items() if source.run is not None}
+    hashes = {role: (read_manifest(run) or {}).get("tokenizer_hash") for role, run in runs.items()}
+    for role, run in list(runs.items())[1:]:
+        first = next(iter(runs))
+        if hashes[role] != hashes[first]:
             raise InputError(
-                f"{role}={source.run} was made with another tokenizer or chat template ({b}) than model.path={main.run} ({a}): "
-                f"train it from the same model: alignkit {theirs['stage']} model.path={main.run} …"
+                f"{role}={run} was made with another tokenizer or chat template ({hashes[role]}) than {first}={runs[first]} "
+                f"({hashes[first]}): train it from the same model: alignkit {(read_manifest(run) or {})['stage']} model.path={runs[first]} …"
+            )
+
+
+def check_tokenizer(sources: dict[str, ModelSource], ours: str) -> None:
+    """Refuse runs made with another tokenizer or template than the one this stage loaded (`model.chat_template` counts).
+
+    Raises:
+        InputError: naming the run and both hashes.
+    """
+    for role, source in sources.items():
+        theirs = (read_manifest(source.run) or {}).get("tokenizer_hash") if source.run else None
+        if theirs not in (None, ours):
+            raise InputError(
+                f"{role}={source.run} was made with another tokenizer or chat template ({theirs}) than this stage has ({ours}): "
+                "use the same model.chat_template, or train it anew"
             )
 
 

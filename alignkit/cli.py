@@ -88,6 +88,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
         raise KeyboardInterrupt  # so that the launcher ends the ranks it started
 
     signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGHUP, terminate)
     stopped: list[BaseException] = []
     try:
         application()
@@ -155,8 +156,21 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     if cfg.dry_run:
         print(describe(cfg))
         return None
+    inputs = {
+        role: {"path": cfg.inputs()[role], "manifest_hash": artifacts.manifest_hash(source.run)}
+        for role, source in sources.items()
+    }
+    if maker := artifacts.manifest_hash(Path(cfg.data.path).parent if cfg.data.path else None):  # rows that a run wrote
+        inputs["data"] = {"path": cfg.data.path, "manifest_hash": maker}
     manifest = artifacts.read_manifest(run_dir)
     if manifest is not None:
+        if cfg.resume and manifest["status"] == "done" and manifest["inputs"] != inputs:
+            stale = next(
+                role for role in inputs | manifest["inputs"] if inputs.get(role) != manifest["inputs"].get(role)
+            )
+            raise InputError(
+                f"{run_dir} was made from another {stale} than {inputs.get(stale)}: delete that folder to make it anew"
+            )
         if cfg.resume and manifest["status"] == "done" and manifest["config_hash"] == config_hash(cfg):
             print(f"{cfg.stage:<9} kept: {run_dir} is done with this config")
             return manifest["metrics"].get(MAIN_METRIC.get(cfg.stage, ""))
@@ -179,10 +193,7 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
             status="running",
             seed=cfg.seed,
             config_hash=config_hash(cfg),
-            inputs={
-                role: {"path": cfg.inputs()[role], "manifest_hash": artifacts.manifest_hash(source.run)}
-                for role, source in sources.items()
-            },
+            inputs=inputs,
             git_commit=artifacts.git_commit(),
             versions=artifacts.versions(),
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -255,7 +266,7 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
                 raise InputError(
                     f"{key}={path}: a run of {stage}, which has no score; expected one of reward, as runs/<name>/reward"
                 )
-    artifacts.check_hand_off(cfg.stage, sources)
+    artifacts.check_hand_off(sources)
     for reward in getattr(cfg, "rewards", {}).values():
         if hasattr(reward, "load"):
             reward.load()

@@ -46,7 +46,7 @@ class Stage:
     runs_dir: str = "runs"  # where run folders are made
     seed: int = 0  # of data order, sampling, dropout and new weights
     dry_run: bool = False  # print the resolved config and the launch command, start nothing
-    resume: bool = False  # pipeline only: keep finished stages of this run_name, do the others
+    resume: bool = False  # a finished run of this name is kept; an unfinished one is set aside and started over
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     deepspeed: Any = MISSING
@@ -155,6 +155,8 @@ class Sample(Stage):
     def check(self) -> None:
         super().check()
         _some_reward(self)
+        self.rollout.check()
+        _positive(self, "max_prompt_length")
         if self.group_size < 2:
             raise InputError(f"group_size={self.group_size}: a pair needs at least 2 answers a prompt")
         if not 1 <= self.pairs_per_prompt <= self.group_size // 2:
@@ -193,7 +195,15 @@ class PPO(Stage):
     def check(self) -> None:
         super().check()
         _some_reward(self)
-        _positive(self, "steps", "rollout_batch_size", "mini_batch_size", "micro_batch_size", "group_size")
+        _positive(
+            self,
+            "steps",
+            "rollout_batch_size",
+            "mini_batch_size",
+            "micro_batch_size",
+            "group_size",
+            "max_prompt_length",
+        )
         if self.mini_batch_size > self.rollout_batch_size:
             raise InputError(
                 f"mini_batch_size={self.mini_batch_size} > rollout_batch_size={self.rollout_batch_size}: an optimizer step "
@@ -205,6 +215,15 @@ class PPO(Stage):
         _divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
         if self.critic_head not in ("reward_model", "zero"):
             raise InputError(f"critic_head={self.critic_head!r}: expected reward_model or zero")
+        if self.deepspeed.stage not in (1, 2):
+            why = (
+                "clears and clips the gradients of both"
+                if self.deepspeed.stage == 0
+                else "cuts the weights that are synced"
+            )
+            raise InputError(
+                f"deepspeed={self.deepspeed.name}: PPO has two optimizers over one module, and this stage {why}; use zero1 or zero2"
+            )
         self.algorithm.check()
         self.rollout.check()
 
@@ -230,6 +249,8 @@ class Evaluate(Stage):
     def check(self) -> None:
         super().check()
         _some_reward(self)
+        self.rollout.check()
+        _positive(self, "group_size", "bootstrap", "max_prompt_length")
         if not self.policies:
             raise InputError("policies is empty: name at least one, as in +policies.sft=runs/<name>/sft")
         if self.reference is not None and self.reference not in self.policies:

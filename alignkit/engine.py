@@ -72,7 +72,7 @@ class _ZeRO:
             "fp16": {"enabled": False},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": self.offload_optimizer,
+            "zero_force_ds_cpu_optimizer": False,  # ours is torch's AdamW, on the host too
             "steps_per_print": 10**9,
             "wall_clock_breakdown": False,
         }
@@ -155,7 +155,8 @@ class World:
         import torch.distributed as dist
 
         names = sorted(metrics)
-        pairs = torch.tensor([[float(x) for x in metrics[name]] for name in names], dtype=torch.float64).reshape(-1, 2)
+        rows = [[float(x) for x in metrics[name]] for name in names]
+        pairs = torch.tensor(rows, dtype=torch.float64, device=self.device).reshape(-1, 2)
         top = pairs[:, 0].clone()
         pairs = self.sum(pairs)
         if self.size > 1 and names:

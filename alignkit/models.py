@@ -57,7 +57,8 @@ def load_base(
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
     )
-    if vocab > hf.get_input_embeddings().weight.shape[0]:
+    hf.trained_rows = hf.get_input_embeddings().weight.shape[0]  # rows added for a pad token are never emitted
+    if vocab > hf.trained_rows:
         hf.resize_token_embeddings(vocab, mean_resizing=False)
     hf.config.use_cache = False
     disable_dropout(hf)
@@ -150,8 +151,11 @@ def shared_blocks(hf: PreTrainedModel) -> int:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = hf.base_model
-    if not all(hasattr(base, name) for name in ("layers", "norm")):
-        return 0
+    if (
+        not all(hasattr(base, name) for name in ("layers", "norm"))
+        or len(set(getattr(hf.config, "layer_types", None) or [0])) > 1
+    ):
+        return 0  # blocks of several kinds are told apart by their number, which the upper half would count from 0
     adapted = [any(isinstance(m, BaseTunerLayer) for m in block.modules()) for block in base.layers]
     count = adapted.index(True) if True in adapted else 0
     if count == 0:
@@ -243,8 +247,9 @@ def make_roles(
             hidden = response_hidden(hidden, response_slots)
             if role == "critic":
                 return apply_head(self.heads[role], hidden)
-            logits = hf.get_output_embeddings()(hidden)
-            logprobs = F.response_logprobs(logits, ids[:, -response_slots:], temperature)
+            logits = hf.get_output_embeddings()(hidden)[..., : hf.trained_rows]
+            labels = ids[:, -response_slots:].masked_fill(~mask[:, -response_slots:], 0)
+            logprobs = F.response_logprobs(logits, labels, temperature)
             return logprobs, (F.entropy(logits, temperature) if entropy else None)
 
     return Roles()
@@ -252,7 +257,10 @@ def make_roles(
 
 def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
     """Scalar head in float32: [..., d] -> [...]."""
-    return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+    from torch.nn.functional import linear
+
+    bias = None if head.bias is None else head.bias.float()
+    return linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
 
 def map_rows(
@@ -325,7 +333,8 @@ def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     tied = set(getattr(hf, "_tied_weights_keys", None) or ()) if hf.config.tie_word_embeddings else set()
     for name, tensor in hf.state_dict().items():
         if name not in tied:
-            yield name, tensor
+            vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            yield name, tensor[: hf.trained_rows] if vocabulary else tensor
 
 
 def load_policy(source: ModelSource, model: Model, vocab: int) -> PreTrainedModel:

@@ -275,5 +275,6 @@ def collate_prompts(prompts: Rows, pad_id: int) -> PromptBatch:
         prompt_ids=torch.tensor(ids, dtype=torch.long),
         prompt_mask=torch.arange(longest).expand(len(prompts), -1) >= torch.tensor(padding)[:, None],
         prompt_index=torch.tensor([prompt["index"] for prompt in prompts], dtype=torch.long),
+        draw=torch.tensor([prompt.get("draw", 0) for prompt in prompts], dtype=torch.long),
         meta=[prompt["meta"] for prompt in prompts],
     )

@@ -62,6 +62,7 @@ class PromptBatch(_Select):
     prompt_ids: Tensor  # [P, Lp] i64, left-padded
     prompt_mask: Tensor  # [P, Lp] bool
     prompt_index: Tensor  # [P] i64, the row of the data set: names the prompt's random streams
+    draw: Tensor  # [P] i64, how often the prompt came before in this batch: its answers differ from those
     meta: list[dict[str, Any]]  # P rows as the user wrote them ("prompt", "reference", own columns)
 
 

@@ -22,8 +22,12 @@ class Full:
 
     name: str = "full"
 
-    def peft_config(self, task_type: str, hf: nn.Module) -> Any:
-        """None: TRL then trains the model itself."""
+    def peft_config(self, task_type: str, hf: nn.Module, start: Path | None = None) -> Any:
+        """None: TRL then trains the model itself. InputError where it would start from an adapter."""
+        if start is not None:
+            raise InputError(
+                f"finetune=full starts from whole models, but {start} is an adapter; use finetune=lora, or merge it first"
+            )
         return None
 
     def roles(

@@ -33,8 +33,8 @@ class LoRA:
         if not 0 <= self.dropout < 1:
             raise InputError(f"finetune.dropout={self.dropout}: expected 0 <= dropout < 1")
 
-    def peft_config(self, task_type: str, hf: nn.Module) -> Any:
-        """PEFT's LoraConfig for `hf`."""
+    def peft_config(self, task_type: str, hf: nn.Module, start: Path | None = None) -> Any:
+        """PEFT's LoraConfig for `hf`; with `start`, the adapter it continues must have this shape (else InputError)."""
         from peft import LoraConfig
         from torch import nn
 
@@ -49,7 +49,7 @@ class LoRA:
             targets = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in hf.base_model.named_modules() if isinstance(m, nn.Linear)}
             )
-        return LoraConfig(
+        config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
@@ -57,6 +57,15 @@ class LoRA:
             layers_to_transform=layers,
             task_type=task_type,
         )
+        if start is not None:
+            saved = LoraConfig.from_pretrained(str(start))
+            for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("layers_to_transform", "last_layers")):
+                if getattr(saved, key) != getattr(config, key):
+                    raise InputError(
+                        f"finetune.{name} makes {key}={getattr(config, key)}, but the adapter it continues, {start}, has "
+                        f"{key}={getattr(saved, key)}: give the values that it was trained with"
+                    )
+        return config
 
     def roles(
         self,
@@ -82,6 +91,7 @@ class LoRA:
         heads: dict[str, nn.Linear] = {}
         adapters: set[str] = set()
         if source.adapter is not None:
+            self.peft_config("CAUSAL_LM", hf, source.adapter)  # refuses another shape
             peft = PeftModel.from_pretrained(
                 hf, source.adapter, adapter_name="policy", is_trainable=True, autocast_adapter_dtype=False
             )
@@ -93,7 +103,7 @@ class LoRA:
             )
             adapters |= {"policy"}
         if reward is not None:
-            if reward.adapter is None or reward.base != source.base:
+            if reward.adapter is None or _place(reward.base) != _place(source.base):
                 raise InputError(
                     f"the reward model's base {reward.base} is not the policy's base {source.base}, so their adapters cannot "
                     "share it; train the reward model from the same SFT run, or use finetune=full"
@@ -106,7 +116,7 @@ class LoRA:
                 _load_trunk_adapter(peft, reward.adapter, "critic")
                 heads["critic"] = models.load_head(reward.adapter)
             else:
-                peft.add_adapter("critic", self.peft_config("CAUSAL_LM", hf))
+                peft.add_adapter("critic", self.peft_config("CAUSAL_LM", hf), autocast_adapter_dtype=False)
                 heads["critic"] = models.score_head(hf.config.hidden_size)
             adapters |= {"critic"}
         models.disable_dropout(peft)
@@ -167,3 +177,8 @@ def _load_trunk_adapter(peft: Any, folder: Path, name: str) -> None:
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     peft.add_adapter(name, config, autocast_adapter_dtype=False)
     models.copy_adapter(peft, folder, name)
+
+
+def _place(base: str) -> str:
+    """A folder in one spelling; a hub id as it is."""
+    return str(Path(base).resolve()) if Path(base).is_dir() else base

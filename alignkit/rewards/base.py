@@ -69,7 +69,10 @@ def start_all(rewards: dict[str, Any], context: Context) -> Callable[..., Scored
 
     def score(rollouts: Rollouts, known: dict[str, Tensor] | None = None) -> ScoredRollouts:
         known = known or {}
-        parts = {name: known[name] if name in known else scorer(rollouts) for name, scorer in scorers.items()}
+        device = rollouts.response_ids.device
+        parts = {
+            name: (known[name] if name in known else scorer(rollouts)).to(device) for name, scorer in scorers.items()
+        }
         total = sum(rewards[name].weight * part for name, part in parts.items())
         return ScoredRollouts(rollouts, total, parts)
 

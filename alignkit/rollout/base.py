@@ -83,6 +83,12 @@ def stream_seed(seed: int, step: int, prompt: int, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
 
 
+def stream_seeds(prompts: PromptBatch, group_size: int, seed: int, step: int) -> list[int]:
+    """The stream of each of the P * group_size responses, siblings adjacent."""
+    draws = zip(prompts.prompt_index.tolist(), prompts.draw.tolist(), strict=True)
+    return [stream_seed(seed, step, prompt, draw * group_size + k) for prompt, draw in draws for k in range(group_size)]
+
+
 def pack_rollouts(
     prompts: PromptBatch,
     group_size: int,

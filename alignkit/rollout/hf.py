@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.rollout.base import Context, Sampling, pack_rollouts, stream_seed
+from alignkit.rollout.base import Context, Sampling, pack_rollouts, stream_seeds
 from alignkit.types import PromptBatch, Rollouts
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class HFSampler:
         hf = roles.model(self.role)
         ids = prompts.prompt_ids.repeat_interleave(group_size, 0).to(hf.device)
         mask = prompts.prompt_mask.repeat_interleave(group_size, 0).to(hf.device)
-        seeds = [stream_seed(seed, step, int(p), k) for p in prompts.prompt_index for k in range(group_size)]
-        streams = [torch.Generator(hf.device).manual_seed(s) for s in seeds]
+        streams = [torch.Generator(hf.device).manual_seed(s) for s in stream_seeds(prompts, group_size, seed, step)]
         stops = torch.tensor([context.eos_id, *(law.stop_token_ids or [])], device=hf.device)
         rows, done, cache = len(ids), torch.zeros(len(ids), dtype=torch.bool, device=hf.device), None
         tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -61,7 +60,7 @@ class HFSampler:
                     use_cache=True, logits_to_keep=1,
                 )  # fmt: skip
                 cache = out.past_key_values
-                law_logprobs = (out.logits[:, -1].float() / law.temperature).log_softmax(-1)
+                law_logprobs = (out.logits[:, -1, : hf.trained_rows].float() / law.temperature).log_softmax(-1)
                 # Exponential races: argmin E/p with E ~ Exp(1) is a draw from p, one stream a row.
                 race = torch.stack(
                     [torch.empty(law_logprobs.shape[1], device=hf.device).exponential_(generator=g) for g in streams]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignkit.rollout.base import Context, Sampling, pack_rollouts, stream_seed
+from alignkit.rollout.base import Context, Sampling, pack_rollouts, stream_seeds
 from alignkit.types import PromptBatch, Rollouts, RunError
 
 if TYPE_CHECKING:
@@ -79,22 +79,22 @@ class VLLMSampler:
     def generate(self, prompts: PromptBatch, group_size: int, seed: int, step: int) -> Rollouts:
         from vllm import SamplingParams
 
-        law, requests, params = self.sampling, [], []
-        for row, mask, index in zip(prompts.prompt_ids, prompts.prompt_mask, prompts.prompt_index, strict=True):
-            for sample in range(group_size):
-                requests.append({"prompt_token_ids": row[mask].tolist()})
-                params.append(
-                    SamplingParams(
-                        temperature=law.temperature,
-                        top_p=1.0,
-                        top_k=-1,
-                        max_tokens=law.max_new_tokens,
-                        logprobs=0,
-                        seed=stream_seed(seed, step, int(index), sample),
-                        stop_token_ids=[self.context.eos_id, *(law.stop_token_ids or [])],
-                        detokenize=False,
-                    )
-                )
+        law = self.sampling
+        rows = zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
+        requests = [{"prompt_token_ids": row[mask].tolist()} for row, mask in rows for _ in range(group_size)]
+        params = [
+            SamplingParams(
+                temperature=law.temperature,
+                top_p=1.0,
+                top_k=-1,
+                max_tokens=law.max_new_tokens,
+                logprobs=0,
+                seed=stream,
+                stop_token_ids=[self.context.eos_id, *(law.stop_token_ids or [])],
+                detokenize=False,
+            )
+            for stream in stream_seeds(prompts, group_size, seed, step)
+        ]
         outputs = [out.outputs[0] for out in self.llm.generate(requests, params, use_tqdm=False)]
         tokens = [list(out.token_ids) for out in outputs]
         logprobs = [[at[t].logprob for t, at in zip(out.token_ids, out.logprobs, strict=True)] for out in outputs]

@@ -43,7 +43,7 @@ def arguments(cls: type, cfg: TrainStage, world: World, **extra: Any) -> Any:
         adam_epsilon=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
-        lr_scheduler_type=optimizer.schedule,
+        lr_scheduler_type="constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule,
         warmup_steps=optimizer.warmup_steps,
         bf16=cfg.model.dtype == "bfloat16",
         gradient_checkpointing=cfg.gradient_checkpointing,

@@ -13,6 +13,7 @@ from alignkit.engine import World
 from alignkit.log import RunLog, write_atomic
 from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
+from alignkit.types import InputError
 
 
 def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -23,9 +24,14 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     tokenizer = tokens.load_tokenizer(
         main_source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
     )
+    artifacts.check_tokenizer(sources, tokens.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
     prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
+    if len(prompts) < world.size:
+        raise InputError(
+            f"{len(prompts)} prompts for {world.size} ranks: lower launcher.num_ranks, or give more prompts"
+        )
     batch = tokens.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
     ref = models.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,10 +38,13 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     reward_source = next(
         (artifacts.resolve_model(cfg.rewards[name].path, f"rewards.{name}.path") for name in learned), None
     )
+    if reward_source is not None:
+        artifacts.check_tokenizer({"model": source, "reward_model": reward_source}, tokens.tokenizer_hash(tokenizer))
     with log.progress("loading the models", 0):
         roles = cfg.finetune.roles(
             cfg.model, source, reward_source, len(tokenizer), algorithm.needs_critic, cfg.seed
         ).to(world.device)
+        exact = {role: copy.deepcopy(head.state_dict()) for role, head in roles.heads.items()}
         if cfg.critic_head == "zero" and "critic" in roles.heads:
             for parameter in roles.heads["critic"].parameters():
                 torch.nn.init.zeros_(parameter)
@@ -52,6 +56,9 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             for role, optimizer in (("policy", cfg.optimizer), ("critic", cfg.critic_optimizer))
             if role == "policy" or algorithm.needs_critic
         }  # fmt: skip
+
+        if "reward_model" in roles.heads:  # frozen: float32 again, where DeepSpeed rounded it to the engine's dtype
+            roles.heads["reward_model"].float().load_state_dict(exact["reward_model"])
 
     # 3. The engine that samples, holding the policy's weights.
     with log.progress("starting the engine", 0):
@@ -71,8 +78,13 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
 
             # 4. Generate: this rank answers its share of the step's prompts.
             with clock("generate"):
-                chosen = order.next(cfg.rollout_batch_size // cfg.group_size, world.rank, world.size)
-                batch = tokens.collate_prompts([prompts[i] for i in chosen], tokenizer.pad_token_id)
+                drawn = order.next(cfg.rollout_batch_size // cfg.group_size)  # by all ranks
+                again = [
+                    drawn[:i].count(prompt) for i, prompt in enumerate(drawn)
+                ]  # a prompt drawn twice: other answers
+                mine = slice(world.rank, None, world.size)
+                chosen = [prompts[i] | {"draw": n} for i, n in zip(drawn[mine], again[mine], strict=True)]
+                batch = tokens.collate_prompts(chosen, tokenizer.pad_token_id)
                 rollouts = sampler.generate(batch, cfg.group_size, cfg.seed, step)
                 rollouts = move(rollouts, world.device)
 
@@ -200,7 +212,9 @@ def optimize(cfg: PPO, roles: torch.nn.Module, engines: dict[str, Engine], batch
         metrics = {k: v for loss in losses.values() for k, v in loss.metrics.items()}
         metrics["policy/ratio_gap_max"] = (gap.max() if len(gap) else gap.sum(), 1)
         for name, pair in metrics.items():
-            sums.setdefault(name, []).append(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in pair]))
+            sums.setdefault(name, []).append(
+                torch.stack([torch.as_tensor(x, dtype=torch.float64, device=ids.device) for x in pair])
+            )
     norms = {f"{role}/grad_norm": (engine.step(), 1.0) for role, engine in engines.items()}
     local = {
         name: tuple(

@@ -20,6 +20,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     tokenizer = tokens.load_tokenizer(
         source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
     )
+    artifacts.check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
     rows, held_out = _trl.split_rows(cfg)
     train, dropped = tokens.preference_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training pairs: {dropped.describe()}")
@@ -33,7 +34,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     hf.config.pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(cfg.seed)
     hf.score = models.classification_head(hf.config.hidden_size, generator, hf.dtype)
-    peft_config = cfg.finetune.peft_config("SEQ_CLS", hf)
+    peft_config = cfg.finetune.peft_config("SEQ_CLS", hf, source.adapter)
     if peft_config is not None:
         hf = models.adapt_for_scores(hf, peft_config, source.adapter)
     trainer = RewardTrainer(

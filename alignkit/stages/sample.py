@@ -19,9 +19,14 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     tokenizer = tokens.load_tokenizer(
         source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
     )
+    artifacts.check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
     prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
+    if len(prompts) < world.size:
+        raise InputError(
+            f"{len(prompts)} prompts for {world.size} ranks: lower launcher.num_ranks, or give more prompts"
+        )
     mine = prompts[world.rank :: world.size]
     with log.progress("starting the engine", 0):
         hf = models.load_policy(source, cfg.model, len(tokenizer)).to(world.device)

@@ -204,3 +204,22 @@ def test_refusal_on_a_rank_ends_with_code_2_and_its_reason(pipeline, rows, commo
     assert result.returncode == 2
     assert "max_prompt_length=2" in result.stderr
     assert manifest(pipeline.parent / "refused" / "ppo")["status"] == "failed"
+
+
+def test_ppo_learns_what_it_is_rewarded_for(tiny, rows, common, tmp_path):
+    """Full fine-tuning against a count of four words in the answer: from one answer in four to two words an answer."""
+    (tmp_path / "words.py").write_text(
+        "def score(prompts, responses, meta):\n"
+        "    return [sum(word in r for word in ('good', 'happy', 'great', 'love')) for r in responses]\n"
+    )
+    result = alignkit(
+        "ppo", *common, "run_name=learns", f"model.path={tiny}", f"data.path={rows}", "finetune=full", "rollout=hf",
+        "rollout.max_new_tokens=12", "~reward@rewards.reward_model", "+reward@rewards.words=function",
+        f"rewards.words.target={tmp_path / 'words.py'}:score", "steps=20", "rollout_batch_size=64", "mini_batch_size=16",
+        "micro_batch_size=16", "algorithm.missing_eos=none", "algorithm.ppo_epochs=2", "algorithm.kl_coef=0.01",
+        "optimizer.learning_rate=3e-3", "critic_optimizer.learning_rate=3e-3", "launcher.threads=1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr + result.stdout
+    scores = [row["objective/score"] for row in metrics(Path(common[0].removeprefix("runs_dir=")) / "learns" / "ppo")]
+    assert scores[0] < 0.6
+    assert sum(scores[-3:]) / 3 > 2
