@@ -164,14 +164,15 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
         inputs["data"] = {"path": cfg.data.path, "manifest_hash": maker}
     manifest = artifacts.read_manifest(run_dir)
     if manifest is not None:
-        if cfg.resume and manifest["status"] == "done" and manifest["inputs"] != inputs:
+        same = manifest["config_hash"] == config_hash(cfg)
+        if cfg.resume and manifest["status"] == "done" and same and manifest["inputs"] != inputs:
             stale = next(
                 role for role in inputs | manifest["inputs"] if inputs.get(role) != manifest["inputs"].get(role)
             )
             raise InputError(
                 f"{run_dir} was made from another {stale} than {inputs.get(stale)}: delete that folder to make it anew"
             )
-        if cfg.resume and manifest["status"] == "done" and manifest["config_hash"] == config_hash(cfg):
+        if cfg.resume and manifest["status"] == "done" and same:
             print(f"{cfg.stage:<9} kept: {run_dir} is done with this config")
             return manifest["metrics"].get(MAIN_METRIC.get(cfg.stage, ""))
         fix = "choose another run_name=, or delete that folder"
@@ -294,15 +295,16 @@ def explain(error: Exception, command: str) -> str:
     from omegaconf import DictConfig, OmegaConf
 
     from alignkit import config
+    from alignkit.explain import nearest_key, one_line
 
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    text = config.one_line(error).split(" Config search path:")[0]
+    text = one_line(error).split(" Config search path:")[0]
     key = getattr(cause, "full_key", None) if "not in" in str(cause) else None
     key = key or _unknown_key(str(error), str(cause))
     if key is None:
-        detail = config.one_line(cause)
+        detail = one_line(cause)
         return text if detail == text else f"{text.splitlines()[0]} {detail}"
     GlobalHydra.instance().clear()
     chosen = [o for o in sys.argv[1:] if o.lstrip("+~").split("=")[0].split("@")[0] in config.GROUPS]
@@ -315,7 +317,7 @@ def explain(error: Exception, command: str) -> str:
     parent = OmegaConf.select(composed, key.rpartition(".")[0]) if "." in key else None
     if isinstance(parent, DictConfig) and OmegaConf.get_type(parent) is dict:  # open: columns, policies, rewards
         return f"{key} is new in {key.rpartition('.')[0]}, which takes any name: write +{key}=..."
-    near = config.nearest_key(key, composed)
+    near = nearest_key(key, composed)
     if near == key:
         return f"{key} takes its own keys one by one: write +{key}.<name>=..."
     return f"no config key {key!r}{f': did you mean {near}?' if near else ''} (alignkit {command} --cfg job lists them all)"

@@ -10,7 +10,6 @@ one dataclass a file; each dataclass with a line `name: str = ...` is an option 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import json
@@ -23,6 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from alignkit.data import Data, Kind
 from alignkit.engine import Optimizer
+from alignkit.explain import nearest_key, one_line, stray_keys
 from alignkit.models import Model
 from alignkit.types import InputError
 
@@ -346,7 +346,7 @@ def to_config(composed: DictConfig, stage: str) -> Any:
         raise InputError(one_line(error)) from None
     if not isinstance(config, STAGES[stage]):
         raise InputError(f"not a {stage} config: its file must have {stage}_schema first in its defaults list")
-    if stray := _stray(composed):  # Hydra's "+" adds what no dataclass has a field for
+    if stray := stray_keys(composed):  # Hydra's "+" adds what no dataclass has a field for
         near = nearest_key(stray[0], OmegaConf.structured(config))
         raise InputError(f"no config key {stray[0]!r}{f': did you mean {near}?' if near else ''}")
     for part in config.stages() if isinstance(config, Pipeline) else [config]:
@@ -377,44 +377,6 @@ def config_hash(config: Any) -> str:
     for key in ("run_name", "runs_dir", "dry_run", "resume", "launcher", "logger"):
         plain.pop(key, None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def nearest_key(key: str, config: DictConfig) -> str | None:
-    """The real key most like `key`, for an error message."""
-    known = [name for name in _dotted(config) if name]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if close:
-        return close[0]
-    last = key.rsplit(".", 1)[-1]
-    same_end = difflib.get_close_matches(last, {name.rsplit(".", 1)[-1] for name in known}, n=1, cutoff=0.7)
-    return next((name for name in known if same_end and name.rsplit(".", 1)[-1] == same_end[0]), None)
-
-
-def one_line(error: BaseException) -> str:
-    """An OmegaConf or Hydra error without its trailing block of internals."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if not line.strip().startswith("object_type="))
-    full_key = getattr(error, "full_key", None)
-    return text.replace(f"full_key: {full_key}", "").strip() + (f" (key: {full_key})" if full_key else "")
-
-
-def _stray(node: Any, prefix: str = "") -> list[str]:
-    """The keys below `node` that its dataclass has no field for."""
-    if not isinstance(node, DictConfig):
-        return []
-    cls = OmegaConf.get_type(node)
-    known = {f.name for f in fields(cls)} if is_dataclass(cls) else set(node)
-    inner = [_stray(node[key], f"{prefix}{key!s}.") for key in node if not OmegaConf.is_missing(node, key)]
-    return [f"{prefix}{key!s}" for key in node if key not in known] + [name for part in inner for name in part]
-
-
-def _dotted(node: Any, prefix: str = "") -> list[str]:
-    if not isinstance(node, DictConfig):
-        return [prefix[:-1]]
-    keys = [prefix[:-1]]
-    for key in node:
-        child = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
-        keys += _dotted(child, f"{prefix}{key}.")
-    return keys
 
 
 def _positive(config: Any, *names: str) -> None:

@@ -80,13 +80,14 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - mask).clamp(min=0)
 
 
-def score_head(hidden_size: int, generator: torch.Generator | None = None) -> nn.Linear:
+def score_head(hidden_size: int, generator: torch.Generator | None = None, bias: bool = True) -> nn.Linear:
     """A scalar head: weight ~ N(0, 1/(d+1)), bias 0 (summarize-from-feedback's init_scale), float32."""
     import torch
 
-    head = torch.nn.Linear(hidden_size, 1)
+    head = torch.nn.Linear(hidden_size, 1, bias=bias)
     torch.nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5, generator=generator)
-    torch.nn.init.zeros_(head.bias)
+    if bias:
+        torch.nn.init.zeros_(head.bias)
     return head
 
 
@@ -352,15 +353,6 @@ def continue_adapter(hf: PreTrainedModel, adapter: Path) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False)
-
-
-def classification_head(hidden_size: int, generator: torch.Generator, dtype: torch.dtype) -> nn.Linear:
-    """The scalar head as transformers' sequence classifiers hold it (`score`, no bias); see `score_head`."""
-    import torch
-
-    head = torch.nn.Linear(hidden_size, 1, bias=False)
-    torch.nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5, generator=generator)
-    return head.to(dtype)
 
 
 def adapt_for_scores(hf: PreTrainedModel, peft_config: Any, start: Path | None) -> Any:

@@ -341,7 +341,7 @@ def test_a_reward_run_of_another_tokenizer(work):
         "rewards.reward_model=runs/other/reward",
         "another tokenizer",
         "(t1)",
-        "model.path=runs/base/sft (t0)",
+        "model=runs/base/sft (t0)",
         "alignkit reward model.path=runs/base/sft",
     )
 

@@ -134,9 +134,8 @@ def experience_metrics(scored: ScoredRollouts, scores: Tensor, experience: Exper
     kl = (experience.old_logprobs - experience.ref_logprobs).masked_fill(~mask, 0)
     gap = (experience.old_logprobs - experience.rollout_logprobs).masked_fill(~mask, 0).abs()
     metrics: Metrics = {
-        "objective/score": (float(scored.scores.sum()), rows),
-        "objective/score_std": (float(scored.scores.std(correction=0)), 1),
-        "objective/score_penalised": (float(scores.sum()), rows),
+        "objective/score": (float(scores.sum()), rows),  # after the missing-EOS penalty; the raw parts follow
+        "objective/score_std": (float(scores.std(correction=0)), 1),
         "objective/kl": (float(kl.sum()), rows),
         "objective/kl_per_token": (float(kl.sum()), tokens),
         "objective/non_score_reward": (float(experience.rewards.sum() - scores.sum()), rows),
