@@ -268,6 +268,9 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
                     f"{key}={path}: a run of {stage}, which has no score; expected one of reward, as runs/<name>/reward"
                 )
     artifacts.check_hand_off(sources)
+    if hasattr(cfg, "finetune"):
+        for source in sources.values():
+            cfg.finetune.check_start(source.adapter)
     for reward in getattr(cfg, "rewards", {}).values():
         if hasattr(reward, "load"):
             reward.load()

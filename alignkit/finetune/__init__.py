@@ -1,6 +1,7 @@
 """How weights are adapted: one file an option, a dataclass with a `name` and these methods.
 
-- `peft_config(task_type)`: what TRL's trainers are given (None: all weights train)
+- `check_start(adapter)`: refuse what it cannot continue, from JSON alone
+- `peft_config(task_type, hf)`: what TRL's trainers are given (None: all weights train)
 - `roles(...)`: the module of policy, ref_policy, critic and reward_model, with heads (`models.make_roles`)
 - `parameters(roles, role)`: what the engine of that role trains
 - `sync_payload(roles)`: the policy's weights as the rollout engine's base checkpoint names them

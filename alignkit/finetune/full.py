@@ -22,12 +22,15 @@ class Full:
 
     name: str = "full"
 
-    def peft_config(self, task_type: str, hf: nn.Module, start: Path | None = None) -> Any:
-        """None: TRL then trains the model itself. InputError where it would start from an adapter."""
-        if start is not None:
+    def check_start(self, adapter: Path | None) -> None:
+        """Refuse to start from an adapter."""
+        if adapter is not None:
             raise InputError(
-                f"finetune=full starts from whole models, but {start} is an adapter; use finetune=lora, or merge it first"
+                f"finetune=full starts from whole models, but {adapter} is an adapter; use finetune=lora, or merge it first"
             )
+
+    def peft_config(self, task_type: str, hf: nn.Module) -> Any:
+        """None: TRL then trains the model itself."""
         return None
 
     def roles(
@@ -43,14 +46,14 @@ class Full:
         import torch
 
         torch.manual_seed(seed)
-        _no_adapter(source)
+        self.check_start(source.adapter)
         parts = {
             "policy": models.load_base(source.base, model, vocab),
             "ref_policy": models.load_base(source.base, model, vocab),
         }
         heads: dict[str, nn.Linear] = {}
         if reward is not None:
-            _no_adapter(reward)
+            self.check_start(reward.adapter)
             parts["reward_model"] = models.load_base(reward.base, model, vocab)
             heads["reward_model"] = models.load_head(Path(reward.base))
         if needs_critic:
@@ -83,11 +86,3 @@ class Full:
     def save(self, roles: nn.Module, folder: Path) -> None:
         """The policy as a whole model."""
         roles.model("policy").save_pretrained(folder)
-
-
-def _no_adapter(source: ModelSource) -> None:
-    if source.adapter is not None:
-        raise InputError(
-            f"finetune=full starts from whole models, but {source.run or source.adapter} holds an adapter; use finetune=lora "
-            "here too, or merge it first"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,20 @@ class LoRA:
         if not 0 <= self.dropout < 1:
             raise InputError(f"finetune.dropout={self.dropout}: expected 0 <= dropout < 1")
 
-    def peft_config(self, task_type: str, hf: nn.Module, start: Path | None = None) -> Any:
-        """PEFT's LoraConfig for `hf`; with `start`, the adapter it continues must have this shape (else InputError)."""
+    def check_start(self, adapter: Path | None) -> None:
+        """Refuse to continue an adapter of another shape than this config describes. Reads JSON only."""
+        if adapter is None:
+            return
+        saved = json.loads((adapter / "adapter_config.json").read_text())
+        layers = saved.get("layers_to_transform")
+        theirs = {"rank": saved.get("r"), "alpha": saved.get("lora_alpha"), "last_layers": layers and len(layers)}
+        if theirs != {"rank": self.rank, "alpha": self.alpha, "last_layers": self.last_layers}:
+            ours = f"rank={self.rank} alpha={self.alpha:g} last_layers={self.last_layers}"
+            fix = " ".join(f"finetune.{key}={'null' if value is None else value}" for key, value in theirs.items())
+            raise InputError(f"finetune has {ours}, but {adapter} was trained with another shape: give {fix}")
+
+    def peft_config(self, task_type: str, hf: nn.Module) -> Any:
+        """PEFT's LoraConfig for `hf`."""
         from peft import LoraConfig
         from torch import nn
 
@@ -49,7 +62,7 @@ class LoRA:
             targets = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in hf.base_model.named_modules() if isinstance(m, nn.Linear)}
             )
-        config = LoraConfig(
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
@@ -57,15 +70,6 @@ class LoRA:
             layers_to_transform=layers,
             task_type=task_type,
         )
-        if start is not None:
-            saved = LoraConfig.from_pretrained(str(start))
-            for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("layers_to_transform", "last_layers")):
-                if getattr(saved, key) != getattr(config, key):
-                    raise InputError(
-                        f"finetune.{name} makes {key}={getattr(config, key)}, but the adapter it continues, {start}, has "
-                        f"{key}={getattr(saved, key)}: give the values that it was trained with"
-                    )
-        return config
 
     def roles(
         self,
@@ -86,12 +90,13 @@ class LoRA:
         from peft import PeftModel, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        for start in (source, reward):
+            self.check_start(start and start.adapter)
         torch.manual_seed(seed)
         hf = models.load_base(source.base, model, vocab)
         heads: dict[str, nn.Linear] = {}
         adapters: set[str] = set()
         if source.adapter is not None:
-            self.peft_config("CAUSAL_LM", hf, source.adapter)  # refuses another shape
             peft = PeftModel.from_pretrained(
                 hf, source.adapter, adapter_name="policy", is_trainable=True, autocast_adapter_dtype=False
             )

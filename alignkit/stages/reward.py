@@ -34,7 +34,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     hf.config.pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(cfg.seed)
     hf.score = models.score_head(hf.config.hidden_size, generator, bias=False).to(hf.dtype)
-    peft_config = cfg.finetune.peft_config("SEQ_CLS", hf, source.adapter)
+    peft_config = cfg.finetune.peft_config("SEQ_CLS", hf)
     if peft_config is not None:
         hf = models.adapt_for_scores(hf, peft_config, source.adapter)
     trainer = RewardTrainer(

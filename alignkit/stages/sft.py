@@ -27,7 +27,6 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
 
     # 2. The base, and what of it trains.
     hf = models.load_base(source.base, cfg.model, len(tokenizer))
-    peft_config = cfg.finetune.peft_config("CAUSAL_LM", hf, source.adapter)
     if source.adapter is not None:
         hf = models.continue_adapter(hf, source.adapter)
     trainer = SFTTrainer(
@@ -43,7 +42,7 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        peft_config=None if source.adapter is not None else peft_config,
+        peft_config=None if source.adapter is not None else cfg.finetune.peft_config("CAUSAL_LM", hf),
         callbacks=[
             _trl.Reporter(log, {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}, ("policy/loss",))
         ],

@@ -126,7 +126,7 @@ def test_reward_head_is_normalised_and_critic_starts_as_the_reward_model(pipelin
     from alignkit.finetune.lora import LoRA
 
     source, reward = (artifacts.resolve_model(str(pipeline / stage)) for stage in ("sft", "reward"))
-    roles = LoRA().roles(models.Model(path=""), source, reward, 320, True, 0).eval()
+    roles = LoRA(last_layers=2).roles(models.Model(path=""), source, reward, 320, True, 0).eval()
     ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_stages_run_alone_on_the_artifacts_of_others(pipeline, rows, common):
     reward.write_text("def score(prompts, responses, meta):\n    return [float(len(r)) for r in responses]\n")
     result = alignkit(
         "ppo", *common, "run_name=alone", f"model.path={pipeline / 'sft'}", f"data.path={rows}", "rollout=hf", "rollout.max_new_tokens=6",
-        f"rewards.reward_model.path={pipeline / 'reward'}", "+reward@rewards.mine=function", f"rewards.mine.target={reward}:score",
+        "finetune.last_layers=2", "algorithm.missing_eos=none", f"rewards.reward_model.path={pipeline / 'reward'}", "+reward@rewards.mine=function", f"rewards.mine.target={reward}:score",
         "steps=1", "rollout_batch_size=8", "mini_batch_size=8", "micro_batch_size=4", "deepspeed=zero1", "logger=tensorboard",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr + result.stdout
@@ -180,7 +180,7 @@ def test_two_ranks_compute_what_one_computes(stage, pipeline, tiny, rows, common
     found = {}
     for name, (ranks, micro) in variants.items():
         split = [f"launcher.num_ranks={ranks}", f"micro_batch_size={micro}"]
-        result = alignkit(stage, *common, f"run_name={name}", *split, *inputs, *sizes)
+        result = alignkit(stage, *common, f"run_name={name}", "finetune.last_layers=2", *split, *inputs, *sizes)
         assert result.returncode == 0, result.stderr + result.stdout
         found[name] = metrics(pipeline.parent / name / stage)[:3]
     names = {
@@ -198,7 +198,7 @@ def test_two_ranks_compute_what_one_computes(stage, pipeline, tiny, rows, common
 
 def test_refusal_on_a_rank_ends_with_code_2_and_its_reason(pipeline, rows, common):
     result = alignkit(
-        "ppo", *common, "run_name=refused", f"model.path={pipeline / 'sft'}", f"data.path={rows}", "max_prompt_length=2",
+        "ppo", *common, "run_name=refused", "finetune.last_layers=2", f"model.path={pipeline / 'sft'}", f"data.path={rows}", "max_prompt_length=2",
         f"rewards.reward_model.path={pipeline / 'reward'}", "rollout_batch_size=8", "mini_batch_size=8",
     )  # fmt: skip
     assert result.returncode == 2
@@ -223,3 +223,13 @@ def test_ppo_learns_what_it_is_rewarded_for(tiny, rows, common, tmp_path):
     scores = [row["objective/score"] for row in metrics(Path(common[0].removeprefix("runs_dir=")) / "learns" / "ppo")]
     assert scores[0] < 0.6
     assert sum(scores[-3:]) / 3 > 2
+
+
+def test_an_adapter_of_another_shape_is_refused_with_the_shape_to_give(pipeline, rows, common):
+    result = alignkit(
+        "ppo", *common, "run_name=shape", f"model.path={pipeline / 'sft'}", f"data.path={rows}",
+        f"rewards.reward_model.path={pipeline / 'reward'}",
+    )  # fmt: skip
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "finetune.rank=16 finetune.alpha=32 finetune.last_layers=2" in result.stderr
+    assert not (pipeline.parent / "shape").exists()
