@@ -97,7 +97,9 @@ def write_rows(path: Path, *rows: dict) -> None:
 def finished_run(run_dir: Path, stage: str, base: Path, tokenizer_hash: str = "t0", **changes) -> None:
     """A run folder as a stage leaves it, without weights."""
     (run_dir / "model").mkdir(parents=True)
-    (run_dir / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    (run_dir / "model" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(base), "r": 16, "lora_alpha": 32})
+    )
     facts = {"base_model": {"path": str(base), "hash": None}, "adapter": True, "tokenizer_hash": tokenizer_hash}
     artifacts.write_manifest(
         run_dir, **{"stage": stage, "status": "done", "config_hash": "c0", "metrics": {}, **facts, **changes}
