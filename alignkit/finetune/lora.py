@@ -43,7 +43,9 @@ class LoRA:
         theirs = {"rank": saved.get("r"), "alpha": saved.get("lora_alpha"), "last_layers": layers and len(layers)}
         if theirs != {"rank": self.rank, "alpha": self.alpha, "last_layers": self.last_layers}:
             ours = f"rank={self.rank} alpha={self.alpha:g} last_layers={self.last_layers}"
-            fix = " ".join(f"finetune.{key}={'null' if value is None else value}" for key, value in theirs.items())
+            fix = " ".join(
+                f"finetune.{key}={'null' if value is None else f'{value:g}'}" for key, value in theirs.items()
+            )
             raise InputError(f"finetune has {ours}, but {adapter} was trained with another shape: give {fix}")
 
     def peft_config(self, task_type: str, hf: nn.Module) -> Any:

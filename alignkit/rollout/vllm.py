@@ -13,6 +13,9 @@ from alignkit.types import PromptBatch, Rollouts, RunError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# Engines of this process. When one is collected, vLLM destroys the process group that the trainer still needs.
+_ENGINES: list[Any] = []
+
 
 @dataclass
 class VLLM(Sampling):
@@ -60,6 +63,7 @@ class VLLMSampler:
             seed=context.seed,
             **device,
         )
+        _ENGINES.append(self.llm)
 
     def sync_weights(self, payload: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
         """Load the policy's whole weights, adapters folded in."""
@@ -104,8 +108,7 @@ class VLLMSampler:
         )
 
     def close(self) -> None:
-        """Drop the engine."""
-        del self.llm
+        """Nothing: the engine ends with the process, see `_ENGINES`."""
 
 
 def _repack_tied_head(model: Any) -> None:
