@@ -99,7 +99,7 @@ class Wandb:
 
     name: str = "wandb"
     project: str = "alignkit"
-    mode: str = "offline"  # offline | online | auto (online if the user has logged in)
+    mode: str = "auto"  # auto (WANDB_MODE where it is set, else online if the user has logged in) | offline | online
     entity: str | None = None  # the user's own by default
     tags: list[str] = field(default_factory=list)
 
@@ -112,7 +112,8 @@ class Wandb:
 
         mode: Any = self.mode
         if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            logged_in = "WANDB_MODE" not in os.environ and wandb.login(prompt=False, verify=False)
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
         id_file = Path(run_dir) / "wandb" / "run_id"  # a resumed run goes on in the same wandb run
         id_file.parent.mkdir(parents=True, exist_ok=True)
         if not id_file.exists():

@@ -181,6 +181,7 @@ def test_wandb_auto_is_offline_without_a_login(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     Wandb(mode="auto").start(tmp_path / "ppo", "mine", "ppo", CONFIG).close()
     assert list(tmp_path.glob("ppo/wandb/offline-run-*"))
     assert capfd.readouterr().err == ""
