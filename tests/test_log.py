@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -177,14 +178,18 @@ def test_wandb_offline_writes_and_a_resumed_run_keeps_its_id(tmp_path, capfd):
     assert printed.out + printed.err == ""  # no wall of text
 
 
-def test_wandb_auto_is_offline_without_a_login(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    Wandb(mode="auto").start(tmp_path / "ppo", "mine", "ppo", CONFIG).close()
+def test_wandb_auto_is_offline_without_a_login(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom alignkit.log import Wandb\n"
+        "Wandb(mode='auto').start(Path(sys.argv[1]), 'mine', 'ppo', {}).close()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "ppo"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stderr == ""
     assert list(tmp_path.glob("ppo/wandb/offline-run-*"))
-    assert capfd.readouterr().err == ""
 
 
 def test_tensorboard_writes_numbers_that_read_back(tmp_path):
