@@ -93,7 +93,7 @@ class LoRA:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for start in (source, reward):
-            self.check_start(start and start.adapter)
+            self.check_start(start.adapter if start is not None else None)
         torch.manual_seed(seed)
         hf = models.load_base(source.base, model, vocab)
         heads: dict[str, nn.Linear] = {}
