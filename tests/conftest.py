@@ -42,7 +42,7 @@ def rows(tmp_path_factory) -> Path:
     return path
 
 
-def alignkit(*arguments: str, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess:
+def alignkit(*arguments: str, timeout: float = 1500, **environment: str) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own; its output is kept."""
     return subprocess.run(
         [sys.executable, "-m", "alignkit", *map(str, arguments)],
