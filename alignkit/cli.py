@@ -40,6 +40,7 @@ first run: alignkit pipeline +experiment=quickstart
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a run failed, 2 an input was refused, 130 interrupted."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `alignkit ppo --help | head` ends without a traceback
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help", "help"):
         print(USAGE)

@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from alignkit.data import Data, Kind
+from alignkit.data import Data, Kind, Ptx
 from alignkit.engine import Optimizer
 from alignkit.explain import nearest_key, one_line, stray_keys
+from alignkit.finetune.critic import Critic
 from alignkit.models import Model
 from alignkit.types import InputError
 
@@ -179,7 +180,8 @@ class PPO(Stage):
     rewards: dict[str, Any] = field(default_factory=dict)  # {name: reward}, summed with their weights
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-4, schedule="linear"))
     critic_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-4, schedule="linear"))
-    critic_head: str = "reward_model"  # where values start: reward_model (its head) | zero (at 0; its adapter is kept)
+    critic: Critic = field(default_factory=Critic)
+    ptx: Ptx = field(default_factory=Ptx)
     steps: int = 100  # rollout-and-update rounds
     rollout_batch_size: int = 64  # sequences of one round, over all ranks
     mini_batch_size: int = 32  # sequences of one optimizer step, over all ranks
@@ -213,19 +215,22 @@ class PPO(Stage):
         _divides("rollout_batch_size", self.rollout_batch_size, mini_batch_size=self.mini_batch_size)
         _divides("rollout_batch_size", self.rollout_batch_size, group_size=self.group_size, ranks=ranks)
         _divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
-        if self.critic_head not in ("reward_model", "zero"):
-            raise InputError(f"critic_head={self.critic_head!r}: expected reward_model or zero")
-        if self.deepspeed.stage not in (1, 2):
-            why = (
-                "clears and clips the gradients of both"
-                if self.deepspeed.stage == 0
-                else "cuts the weights that are synced"
-            )
+        if self.deepspeed.stage == 3:
             raise InputError(
-                f"deepspeed={self.deepspeed.name}: PPO has two optimizers over one module, and this stage {why}; use zero1 or zero2"
+                f"deepspeed={self.deepspeed.name}: PPO has two optimizers over one module, and this stage cuts the weights "
+                "that are synced; use zero0, zero1 or zero2"
             )
-        self.algorithm.check()
+        self.critic.check(self.finetune, any(item.name == "reward_model" for item in self.rewards.values()))
+        warmup = getattr(self.algorithm, "critic_warmup", 0)
+        if warmup and self.critic.kind == "trunk":
+            raise InputError(
+                f"algorithm.critic_warmup={warmup} with critic.kind=trunk: a critic on the policy's states cannot learn alone"
+            )
+        self.ptx.check()
+        _divides("ptx.mini_batch_size", self.ptx.mini_batch_size, ranks=ranks)
+        self.algorithm.check(self.group_size, self.rollout_batch_size // self.mini_batch_size)
         self.rollout.check()
+        self.rollout.check_unbiased()
 
     def inputs(self) -> dict[str, str]:
         return super().inputs() | _reward_inputs(self)

@@ -147,6 +147,25 @@ class Data:
             ) from error
 
 
+@dataclass
+class Ptx:
+    """A language-model loss beside PPO's, on data of its own, against forgetting (PPO-ptx, arXiv 2203.02155)."""
+
+    coef: float = 0.0  # weight of the mean loss of its tokens; 0: off
+    data: Data = field(default_factory=lambda: Data(path=""))  # prompts and completions, as the sft stage takes them
+    mini_batch_size: int = 16  # rows of one optimizer step, over all ranks
+    max_length: int = 512  # tokens of prompt + completion; longer rows are left out and counted
+
+    def check(self) -> None:
+        """Raise InputError where data and coefficient do not go together."""
+        if self.coef < 0:
+            raise InputError(f"ptx.coef={self.coef}: expected 0 or more")
+        if bool(self.coef) != bool(self.data.path):
+            raise InputError(
+                f"ptx.coef={self.coef} with ptx.data.path={self.data.path!r}: give both, or neither for PPO without ptx"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------- files
 
 

@@ -40,6 +40,14 @@ class Optimizer:
             return 1.0
         return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """torch's AdamW over `parameters`."""
+        import torch
+
+        return torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay
+        )
+
     def __post_init__(self) -> None:
         if self.schedule not in ("linear", "cosine", "constant"):
             raise InputError(f"optimizer.schedule={self.schedule!r}: expected linear, cosine or constant")
@@ -209,17 +217,9 @@ class Engine:
             RunError: nothing to train.
         """
         import deepspeed
-        import torch
 
         if not parameters:
             raise RunError("no trainable parameters: the optimizer would be empty")
-        adam = torch.optim.AdamW(
-            parameters,
-            lr=optimizer.learning_rate,
-            betas=tuple(optimizer.betas),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
         config = zero.config(
             dtype=dtype,
             micro_batch_size=micro_batch_size,
@@ -228,8 +228,12 @@ class Engine:
             max_grad_norm=optimizer.max_grad_norm,
         )
         self.schedule, self.world, self.updates, self.update = optimizer, world, updates, 0
-        self.engine, self.adam, _, _ = deepspeed.initialize(
-            model=module, optimizer=adam, model_parameters=parameters, config=config, dist_init_required=False
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=_only(parameters, module),
+            optimizer=optimizer.build(parameters),
+            model_parameters=parameters,
+            config=config,
+            dist_init_required=False,
         )
         self._set_learning_rate()
 
@@ -237,25 +241,33 @@ class Engine:
         """A training forward."""
         return self.engine(*args, **kwargs)
 
-    def backward(self, loss: Loss, count: float, last: bool) -> None:
-        """Accumulate the gradient of `loss.total / count`.
+    def backward(self, losses: list[tuple[Loss, float]], last: bool) -> None:
+        """Accumulate the gradient of the sum of `loss.total / count`.
 
         Args:
-            loss: the sum over this micro-batch on this rank.
-            count: how many tokens (or sequences) the whole optimizer step sums over, on all ranks.
+            losses: (loss, count): the sum over this micro-batch on this rank, and how many tokens (or sequences) the
+                whole optimizer step sums over, on all ranks.
             last: whether this is the step's last micro-batch on this rank.
 
         DeepSpeed averages gradients over ranks; multiplying by the world size makes it a sum
         (Σ_local l / N · world, mean over world = Σ_global l / N).
         """
+        total = sum(loss.total * (self.world.size / max(count, 1.0)) for loss, count in losses)
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss.total * (self.world.size / max(count, 1.0)), scale_wrt_gas=False)
+        self.engine.backward(total, scale_wrt_gas=False)
 
     def step(self) -> float:
         """One optimizer step; the gradient norm before clipping."""
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def discard(self) -> None:
+        """Forget the gradient accumulated since the last step, as DeepSpeed does after an overflow."""
+        self.engine.zero_grad()
+        self.engine.optimizer.zero_grad()
+        for group in getattr(self.engine.optimizer, "averaged_gradients", {}):
+            self.engine.optimizer.averaged_gradients[group] = None
 
     def next_update(self) -> None:
         """Move the learning-rate schedule by one rollout round (not by one optimizer step)."""
@@ -264,9 +276,26 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        return self.adam.param_groups[0]["lr"]
+        return self.optimizer.param_groups[0]["lr"]
 
     def _set_learning_rate(self) -> None:
         rate = self.schedule.learning_rate * self.schedule.factor(min(self.update, self.updates - 1), self.updates)
-        for group in self.adam.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
+
+
+def _only(parameters: list[nn.Parameter], module: nn.Module) -> nn.Module:
+    """`module` as DeepSpeed sees it: with these parameters and no others, so that engines over one module do not cast,
+    clip, reduce or clear what belongs to another."""
+    from torch import nn
+
+    class View(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trained = nn.ParameterList(parameters)
+            self.whole = [module]  # in a list: not a submodule
+
+        def forward(self, *args, **kwargs):
+            return self.whole[0](*args, **kwargs)
+
+    return View()

@@ -16,6 +16,7 @@ import math
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -319,3 +320,34 @@ class Progress:
         elapsed = round(self.last - self.started, 3)
         event = {"what": self.what, "done": self.done, "total": self.total, "unit": self.unit, "elapsed": elapsed}
         self.emit({**event, "numbers": dict(self.numbers)})
+
+
+class Clock:
+    """Seconds of each phase of a step, step after step."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self.totals: dict[str, float] = {}
+        self.steps, self.started = 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - started
+
+    def lap(self) -> dict[str, float]:
+        """End a step: {"time/<phase>": seconds}, and "time/step" for the whole."""
+        now = time.perf_counter()
+        seconds = self.phases | {"step": now - self.started}
+        for phase, spent in seconds.items():
+            self.totals[phase] = self.totals.get(phase, 0.0) + spent
+        self.phases, self.started, self.steps = {}, now, self.steps + 1
+        return {f"time/{phase}": spent for phase, spent in seconds.items()}
+
+    def describe(self) -> str:
+        """The mean step and its phases in words, longest first."""
+        means = {phase: total / max(1, self.steps) for phase, total in self.totals.items()}
+        whole = means.pop("step", 0.0)
+        parts = ", ".join(f"{phase} {s:.1f}" for phase, s in sorted(means.items(), key=lambda item: -item[1]))
+        return f"a step took {whole:.1f} s: {parts}"

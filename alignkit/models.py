@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit.types import InputError, ModelSource
+from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,22 @@ def disable_dropout(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
+
+
+def train_only(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Freeze all but `parameters`, and check that no dropout is left.
+
+    Raises:
+        RunError: a dropout is on; old and new log-probs would be those of two functions.
+    """
+    from torch import nn
+
+    module.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    noisy = [name for name, part in module.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
+    if noisy:
+        raise RunError(f"{len(noisy)} dropout layers are on, as {noisy[0]}: PPO needs a model without dropout")
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -171,10 +187,21 @@ def shared_blocks(hf: PreTrainedModel) -> int:
         return count if torch.equal(halves, trunk_hidden(hf, ids, mask)) else 0
 
 
-def response_hidden(hidden: Tensor, response_slots: int) -> Tensor:
-    """[B, Lp + Lr, d] -> [B, Lr, d]: the states that predict the response tokens (and hold the values before them)."""
-    length = hidden.shape[1]
-    return hidden[:, length - response_slots - 1 : length - 1]
+def response_hidden(hidden: Tensor, starts: Tensor, response_slots: int) -> Tensor:
+    """[B, L, d] -> [B, Lr, d]: the states that predict the response tokens (and hold the values before them).
+
+    `starts` [B] i64: the slot of each row's first response token.
+    """
+    at = _response_slots(starts, response_slots, hidden.shape[1], shift=-1)
+    return hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[2]))
+
+
+def _response_slots(starts: Tensor, response_slots: int, length: int, shift: int = 0) -> Tensor:
+    """[B, Lr] i64: where the response tokens are, `shift` slots on; past the end of the row: its last slot."""
+    import torch
+
+    at = starts[:, None] + torch.arange(shift, response_slots + shift, device=starts.device)
+    return at.clamp(min=0, max=length - 1)
 
 
 def last_valid(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -187,18 +214,23 @@ def last_valid(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def make_roles(
-    models: dict[str, PreTrainedModel], heads: dict[str, nn.Linear], switch: Callable[[str], None]
+    models: dict[str, PreTrainedModel],
+    heads: dict[str, nn.Linear],
+    switch: Callable[[str], None],
+    trunk_critic: bool = False,
 ) -> nn.Module:
-    """Policy, ref_policy, critic and reward_model as one module, the thing DeepSpeed engines are built over.
+    """Policy, ref_policy, critic and reward_model as one module, the thing that trains.
 
     Args:
         models: {role: transformers causal LM}; the same object may serve several roles.
         heads: {"critic" | "reward_model": scalar head}.
         switch: called with the role before each forward; makes a shared model compute with that role's weights.
+        trunk_critic: values come from a head on the policy's own states, so "critic" is no role of its own.
 
-    The module's `forward(role, ids, mask, response_slots, temperature=1.0, entropy=False, lower=None)` takes ids [B, L]
-    i64 and mask [B, L] bool, left-padded prompt then right-padded response, and returns by role
-      policy, ref_policy: (log-probs of the response tokens [B, Lr] f32, entropies [B, Lr] f32 or None),
+    The module's `forward(role, ids, mask, starts, response_slots, temperature=1.0, entropy=False, lower=None)` takes ids
+    [B, L] i64, mask [B, L] bool and starts [B] i64 (the slot of the first response token), and returns by role
+      policy, ref_policy: (log-probs of the response tokens [B, Lr] f32, their entropies [B, Lr] f32 or None, the trunk
+                          critic's values [B, Lr] f32 or None),
       critic: values [B, Lr] f32, each before its response token,
       reward_model: scores [B] f32, read at the last valid token.
     `lower` is what `shared(ids, mask)` gave: the states after the blocks that no role adapts, computed once for all
@@ -220,7 +252,9 @@ def make_roles(
                 unique += [] if known else [hf]
             self.models = nn.ModuleList(unique)
             self.heads = nn.ModuleDict(heads)
-            self.blocks = shared_blocks(unique[0]) if len(unique) == 1 and len(models) > 1 else 0
+            self.trunk_critic = trunk_critic
+            sharing = list(self.role_of.values()).count(0)
+            self.blocks = shared_blocks(unique[0]) if sharing > 1 else 0
 
         def model(self, role: str) -> PreTrainedModel:
             return self.models[self.role_of[role]]
@@ -235,98 +269,37 @@ def make_roles(
             with torch.no_grad(), only_blocks(hf, 0, self.blocks, norm=False):
                 return trunk_hidden(hf, ids, mask)
 
-        def forward(self, role, ids, mask, response_slots, temperature=1.0, entropy=False, lower=None):
+        def forward(self, role, ids, mask, starts, response_slots, temperature=1.0, entropy=False, lower=None):
             switch(role)
             hf = self.model(role)
-            if lower is None:
+            if lower is None or self.role_of[role] != 0:
                 hidden = trunk_hidden(hf, ids, mask)
             else:
                 with only_blocks(hf, self.blocks, len(hf.base_model.layers), norm=True):
                     hidden = _base_forward(hf, mask, inputs_embeds=lower)
             if role == "reward_model":
                 return apply_head(self.heads[role], last_valid(hidden, mask))
-            hidden = response_hidden(hidden, response_slots)
+            hidden = response_hidden(hidden, starts, response_slots)
             if role == "critic":
                 return apply_head(self.heads[role], hidden)
             logits = hf.get_output_embeddings()(hidden)[..., : hf.trained_rows]
-            labels = ids[:, -response_slots:].masked_fill(~mask[:, -response_slots:], 0)
+            at = _response_slots(starts, response_slots, ids.shape[1])
+            labels = ids.gather(1, at).masked_fill(~mask.gather(1, at), 0)
             logprobs = F.response_logprobs(logits, labels, temperature)
-            return logprobs, (F.entropy(logits, temperature) if entropy else None)
+            values = apply_head(self.heads["critic"], hidden) if self.trunk_critic and role == "policy" else None
+            return logprobs, (F.entropy(logits, temperature) if entropy else None), values
 
     return Roles()
 
 
 def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """Scalar head in float32: [..., d] -> [...]."""
+    """Scalar head in float32 (float64 where the states are): [..., d] -> [...]."""
+    import torch
     from torch.nn.functional import linear
 
-    bias = None if head.bias is None else head.bias.float()
-    return linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
-
-
-def map_rows(
-    function: Callable[[Tensor, Tensor, int], Any],
-    ids: Tensor,
-    mask: Tensor,
-    response_slots: int,
-    micro_batch_size: int,
-) -> Any:
-    """Run a no-grad forward over all rows, in micro-batches of like length with the padding cut off.
-
-    Args:
-        function: (ids [b, l], mask [b, l], slots) -> [b], [b, slots], [b, l, d] or a tuple of those (None allowed).
-        ids, mask: [B, L] prompt (left-padded) and response (right-padded).
-        response_slots: Lr, how many of the L slots are the response's.
-
-    Returns:
-        What `function` returns, for all B rows in their order, the cut slots back as 0.
-    """
-    import torch
-    from torch.nn.functional import pad
-
-    length = mask.shape[1]
-    results: list[Any] = []
-    windows: list[slice] = []
-    order: list[Tensor] = []
-    with torch.no_grad():
-        for index in by_length(mask, micro_batch_size):
-            window, slots = trim(mask[index], response_slots)
-            results.append(function(ids[index, window], mask[index, window], slots))
-            windows.append(window)
-            order.append(index)
-    back = torch.cat(order).argsort()
-
-    def restore(part: Tensor, window: slice) -> Tensor:
-        if part.dim() == 3:  # states of every slot
-            return pad(part, (0, 0, window.start, length - window.stop))
-        return pad(part, (0, length - window.stop)) if part.dim() == 2 else part
-
-    def whole(parts: list[Any]) -> Any:
-        if parts[0] is None:
-            return None
-        if isinstance(parts[0], tuple):
-            return tuple(whole(list(column)) for column in zip(*parts, strict=True))
-        return torch.cat([restore(part, window) for part, window in zip(parts, windows, strict=True)])[back]
-
-    return whole(results)
-
-
-def by_length(mask: Tensor, micro_batch_size: int) -> list[Tensor]:
-    """Row indices [b] of micro-batches, rows of like length together, longest first (memory peaks at once)."""
-    order = mask.sum(1).argsort(descending=True, stable=True)
-    return list(order.split(micro_batch_size))
-
-
-def trim(mask: Tensor, response_slots: int) -> tuple[slice, int]:
-    """What to keep of the slots of a micro-batch: all but those that are padding in every row.
-
-    Returns:
-        (window of the L slots, response slots in it); at least one response slot stays.
-    """
-    prompt_slots = mask.shape[1] - response_slots
-    prompt_kept = int(mask[:, :prompt_slots].sum(1).max()) if prompt_slots else 0
-    kept = max(1, int(mask[:, prompt_slots:].sum(1).max()))
-    return slice(prompt_slots - prompt_kept, prompt_slots + kept), kept
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return linear(hidden.to(dtype), head.weight.to(dtype), bias).squeeze(-1)
 
 
 def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

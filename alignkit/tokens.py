@@ -16,6 +16,7 @@ from alignkit.types import InputError, PromptBatch, Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 Row = dict[str, Any]
 
@@ -278,3 +279,17 @@ def collate_prompts(prompts: Rows, pad_id: int) -> PromptBatch:
         draw=torch.tensor([prompt.get("draw", 0) for prompt in prompts], dtype=torch.long),
         meta=[prompt["meta"] for prompt in prompts],
     )
+
+
+def collate_completions(rows: Rows, pad_id: int, device: Any = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of `sft_dataset` as one batch padded at the end: ids [B, L] i64, mask [B, L] bool, the slot of each row's
+    first completion token [B] i64, and completion mask [B, Lr] bool from that slot on."""
+    import torch
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    starts = torch.tensor([row["completion_mask"].index(1) for row in rows])
+    longest = int(lengths.max())
+    ids = torch.tensor([row["input_ids"] + [pad_id] * (longest - len(row["input_ids"])) for row in rows])
+    mask = torch.arange(longest) < lengths[:, None]
+    counted = torch.arange(int((lengths - starts).max())) < (lengths - starts)[:, None]
+    return ids.to(device), mask.to(device), starts.to(device), counted.to(device)

@@ -93,6 +93,21 @@ class Rollouts(_Select):
 
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
+    def flush_left(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids [B, L] i64, mask [B, L] bool, starts [B] i64): each row from slot 0 on, its response from `starts` on.
+
+        All padding is then at the end of the rows, so that rows of like length fit together.
+        """
+        import torch
+
+        mask = self.mask
+        slots = torch.arange(mask.shape[1], device=mask.device)
+        first = torch.where(mask, slots, mask.shape[1]).amin(1)
+        at = slots + first[:, None]
+        inside = at < mask.shape[1]
+        at = at.clamp(max=mask.shape[1] - 1)
+        return self.ids.gather(1, at), mask.gather(1, at) & inside, self.prompt_ids.shape[1] - first
+
 
 @dataclass
 class ScoredRollouts(_Select):
@@ -107,9 +122,11 @@ class ScoredRollouts(_Select):
 class Experience(_Select):
     """All that an update of policy and critic reads."""
 
-    ids: Tensor  # [B, Lp + Lr] i64
-    mask: Tensor  # [B, Lp + Lr] bool
+    ids: Tensor  # [B, L] i64, prompt and response from slot 0 on, padded at the end
+    mask: Tensor  # [B, L] bool
+    starts: Tensor  # [B] i64, the slot of the first response token
     response_mask: Tensor  # [B, Lr] bool
+    value_mask: Tensor  # [B, Lr] bool, the slots with a reward and a value
     old_logprobs: Tensor  # [B, Lr] f32, trainer's, before the first update of this batch
     ref_logprobs: Tensor  # [B, Lr] f32
     rollout_logprobs: Tensor  # [B, Lr] f32, the sampler's
@@ -117,7 +134,11 @@ class Experience(_Select):
     advantages: Tensor  # [B, Lr] f32, 0 outside the mask
     values: Tensor | None  # [B, Lr] f32, before the update; None without a critic
     returns: Tensor | None  # [B, Lr] f32, from unwhitened advantages; None without a critic
-    shared_states: Tensor | None = None  # [B, Lp + Lr, d], after the blocks that no role adapts; None: not kept
+    weights: Tensor | None = (
+        None  # [B, Lr] f32, importance of the trainer's law over the sampler's; None: not corrected
+    )
+    kl_coef: float = 0.0  # of the KL as a term of the loss
+    shared_states: Tensor | None = None  # [B, L, d], after the blocks that no role adapts; None: not kept
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -40,14 +39,3 @@ def rows(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-def alignkit(*arguments: str, timeout: float = 1500, **environment: str) -> subprocess.CompletedProcess:
-    """Run the command line in a process of its own; its output is kept."""
-    return subprocess.run(
-        [sys.executable, "-m", "alignkit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=os.environ | environment,
-    )

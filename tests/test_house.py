@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "explain": set(),
     "run": {"config", "engine", "stages", "artifacts", "log", "types"},
     "stages": {
-        *("config", "engine", "artifacts", "data", "tokens", "models", "log", "demo", "types"),
+        *("config", "engine", "artifacts", "batches", "data", "tokens", "models", "log", "demo", "types"),
         *("algorithms", "rewards", "rollout", "finetune"),
     },
     "config": {
@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("algorithms", "rewards", "rollout", "finetune", "launch"),
     },
     "rollout": {"models", "types"},
-    "rewards": {"models", "types"},
+    "rewards": {"batches", "models", "types"},
     "finetune": {"models", "types"},
     "algorithms": {"types"},
     "launch": {"log", "progress", "types"},
@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"demo", "types"},
     "models": {"types", "algorithms.functional"},
     "engine": {"types"},
+    "batches": set(),
     "log": {"types"},
     "progress": {"types"},
     "demo": {"types"},

@@ -1,4 +1,4 @@
-"""An algorithm is one file here: a dataclass with a `name`, `needs_critic`, `experience(...)` and `loss(...)`.
+"""An algorithm is one file here: a subclass of `base.Surrogate` with a `name`, `needs_critic` and `advantages(...)`.
 
 The tensor maths they share is in `functional`.
 """

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignkit import models
+from alignkit.finetune.critic import Critic
 from alignkit.types import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ class Full:
     """Every weight of the base is trained."""
 
     name: str = "full"
+
+    critic_kinds: ClassVar[tuple[str, ...]] = ("separate", "trunk")
 
     def check_start(self, adapter: Path | None) -> None:
         """Refuse to start from an adapter."""
@@ -39,10 +42,10 @@ class Full:
         source: ModelSource,
         reward: ModelSource | None,
         vocab: int,
-        needs_critic: bool,
+        critic: Critic | None,
         seed: int,
     ) -> nn.Module:
-        """Separate models; `ref_policy` is a frozen copy of the policy, `critic` starts as the reward model."""
+        """Separate models; `ref_policy` is a frozen copy of the policy; `critic` None: an algorithm without one."""
         import torch
 
         torch.manual_seed(seed)
@@ -56,28 +59,23 @@ class Full:
             self.check_start(reward.adapter)
             parts["reward_model"] = models.load_base(reward.base, model, vocab)
             heads["reward_model"] = models.load_head(Path(reward.base))
-        if needs_critic:
-            start = source if reward is None else reward
-            parts["critic"] = models.load_base(start.base, model, vocab)
-            heads["critic"] = (
-                models.score_head(parts["critic"].config.hidden_size)
-                if reward is None
-                else models.load_head(Path(reward.base))
-            )
-        roles = models.make_roles(parts, heads, switch=lambda role: None)
-        for parameter in roles.parameters():
-            parameter.requires_grad_(False)
-        for role in ("policy", "critic") if needs_critic else ("policy",):
-            for parameter in self.parameters(roles, role):
-                parameter.requires_grad_(True)
+        if critic is not None:
+            critic = critic.resolved(self, reward is not None)
+            heads["critic"] = critic.new_head(parts["policy"].config.hidden_size, heads.get("reward_model"))
+            if critic.kind == "separate":
+                start = reward if critic.weights == "reward_model" and reward is not None else source
+                parts["critic"] = models.load_base(start.base, model, vocab)
+        trunk = critic is not None and critic.kind == "trunk"
+        roles = models.make_roles(parts, heads, switch=lambda role: None, trunk_critic=trunk)
+        models.train_only(roles, [p for role in ("policy", "critic") for p in self.parameters(roles, role)])
         return roles
 
     def parameters(self, roles: nn.Module, role: str) -> list[nn.Parameter]:
         """All of the role's model (a critic has no use for the output embedding, unless it is tied) and its head."""
-        hf = roles.model(role)
+        head = list(roles.heads["critic"].parameters()) if "critic" in roles.heads else []
         if role == "policy":
-            return list(hf.parameters())
-        return list(hf.base_model.parameters()) + list(roles.heads[role].parameters())
+            return list(roles.model(role).parameters()) + (head if roles.trunk_critic else [])
+        return list(roles.model(role).base_model.parameters()) + head if role in roles.role_of else []
 
     def sync_payload(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight of the policy."""

@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignkit import models
+from alignkit.finetune.critic import Critic
 from alignkit.types import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class LoRA:
     dropout: float = 0.0  # in SFT and reward training; PPO runs without
     target_modules: Any = "all-linear"  # or a list of module names, as in PEFT
     last_layers: int | None = None  # adapt only the last so many blocks; None: all. Backward stops below them
+
+    critic_kinds: ClassVar[tuple[str, ...]] = ("adapter", "trunk", "separate")
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -79,14 +82,13 @@ class LoRA:
         source: ModelSource,
         reward: ModelSource | None,
         vocab: int,
-        needs_critic: bool,
+        critic: Critic | None,
         seed: int,
     ) -> nn.Module:
         """One base with adapters `policy` (trained), `ref_policy` (frozen), `critic` and `reward_model`.
 
         `policy` and `ref_policy` start as the SFT adapter of `source`; without one the policy is a fresh adapter and
-        the reference is the bare base. `critic` starts as the reward model's adapter and head; without a reward
-        model it is a fresh adapter and head.
+        the reference is the bare base. `critic` says what the critic starts as; None: an algorithm without one.
         """
         import torch
         from peft import PeftModel, get_peft_model
@@ -118,15 +120,23 @@ class LoRA:
             _load_trunk_adapter(peft, reward.adapter, "reward_model")
             heads["reward_model"] = models.load_head(reward.adapter)
             adapters |= {"reward_model"}
-        if needs_critic:
-            if reward is not None and reward.adapter is not None:
-                _load_trunk_adapter(peft, reward.adapter, "critic")
-                heads["critic"] = models.load_head(reward.adapter)
-            else:
-                peft.add_adapter("critic", self.peft_config("CAUSAL_LM", hf), autocast_adapter_dtype=False)
-                heads["critic"] = models.score_head(hf.config.hidden_size)
-            adapters |= {"critic"}
-        models.disable_dropout(peft)
+        parts = dict.fromkeys(("policy", "ref_policy", *heads), hf)
+        pefts = [peft]
+        if critic is not None:
+            critic = critic.resolved(self, reward is not None)
+            heads["critic"] = critic.new_head(hf.config.hidden_size, heads.get("reward_model"))
+            start = reward if critic.weights == "reward_model" and reward is not None else source
+            if critic.kind == "adapter":
+                self._add_critic(peft, hf, start.adapter)
+                parts["critic"], adapters = hf, adapters | {"critic"}
+            elif critic.kind == "separate":
+                parts["critic"] = models.load_base(source.base, model, vocab)
+                config = self.peft_config("CAUSAL_LM", parts["critic"])
+                pefts += [get_peft_model(parts["critic"], config, adapter_name="critic", autocast_adapter_dtype=False)]
+                if start.adapter is not None:
+                    models.copy_adapter(pefts[1], start.adapter, "critic")
+        for each in pefts:
+            models.disable_dropout(each)
         layers = [m for m in peft.modules() if isinstance(m, BaseTunerLayer)]
 
         def switch(role: str) -> None:
@@ -135,19 +145,24 @@ class LoRA:
                 layer._active_adapter = [role if role in adapters else "policy"]
                 layer._disable_adapters = role not in adapters
 
-        roles = models.make_roles(dict.fromkeys(("policy", "ref_policy", *heads), hf), heads, switch)
-        roles.peft, roles.adapters = [peft], adapters  # in a list: not a submodule a second time
-        for parameter in roles.parameters():
-            parameter.requires_grad_(False)
-        for role in ("policy", "critic") if needs_critic else ("policy",):
-            for parameter in self.parameters(roles, role):
-                parameter.requires_grad_(True)
+        trunk = critic is not None and critic.kind == "trunk"
+        roles = models.make_roles(parts, heads, switch, trunk_critic=trunk)
+        roles.peft, roles.adapters = pefts, adapters  # in a list: not a submodule a second time
+        models.train_only(roles, [p for role in ("policy", "critic") for p in self.parameters(roles, role)])
         return roles
+
+    def _add_critic(self, peft: Any, hf: nn.Module, start: Path | None) -> None:
+        """The adapter `critic` on the shared base: a copy of the one in `start`, or a new one."""
+        if start is not None:
+            _load_trunk_adapter(peft, start, "critic")
+        else:
+            peft.add_adapter("critic", self.peft_config("CAUSAL_LM", hf), autocast_adapter_dtype=False)
 
     def parameters(self, roles: nn.Module, role: str) -> list[nn.Parameter]:
         """The adapter of `role` and its head."""
         own = [p for name, p in roles.models.named_parameters() if f".{role}." in name]
-        return own + (list(roles.heads[role].parameters()) if role in roles.heads else [])
+        with_head = (role == "critic" and not roles.trunk_critic) or (role == "policy" and roles.trunk_critic)
+        return own + (list(roles.heads["critic"].parameters()) if with_head and "critic" in roles.heads else [])
 
     def sync_payload(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight of the base with the policy adapter folded in; the base itself is not touched."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
-from alignkit import models
+from alignkit import batches, models
 from alignkit.rewards.base import Context, Scorer
 from alignkit.types import Rollouts
 
@@ -36,10 +36,9 @@ class RewardModel:
                         context.device
                     )
                 )
-            return models.map_rows(
-                lambda ids, mask, slots: roles[0]("reward_model", ids, mask, slots),
-                rollouts.ids.to(context.device),
-                rollouts.mask.to(context.device),
+            return batches.map_rows(
+                lambda ids, mask, starts, slots: roles[0]("reward_model", ids, mask, starts, slots),
+                *(part.to(context.device) for part in rollouts.flush_left()),
                 rollouts.response_ids.shape[1],
                 self.micro_batch_size,
             ).cpu()

@@ -20,6 +20,10 @@ class Sampling:
     temperature: float = 1.0  # of the sampler, policy, old, reference and entropy alike
     max_new_tokens: int = 64  # slots of a response, the stop token included
     stop_token_ids: list[int] | None = None  # stop there as well as at the tokenizer's eos
+    top_p: float = 1.0  # sample from the likeliest tokens that hold this much probability; 1: from all
+    top_k: int = 0  # sample from the so many likeliest tokens; 0: from all
+    min_tokens: int = 0  # no stop token before so many tokens
+    allow_biased_sampling: bool = False  # let PPO learn from another law than the policy's (top_p, top_k, min_tokens)
 
     def check(self) -> None:
         """Raise InputError for a law no log-prob can be taken of."""
@@ -29,6 +33,44 @@ class Sampling:
             )
         if self.max_new_tokens < 1:
             raise InputError(f"rollout.max_new_tokens={self.max_new_tokens}: expected 1 or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"rollout.top_p={self.top_p}: expected 0 < top_p <= 1")
+        if self.top_k < 0:
+            raise InputError(f"rollout.top_k={self.top_k}: expected 0 (all tokens) or more")
+        if not 0 <= self.min_tokens <= self.max_new_tokens:
+            raise InputError(
+                f"rollout.min_tokens={self.min_tokens} with rollout.max_new_tokens={self.max_new_tokens}: "
+                "expected 0 <= min_tokens <= max_new_tokens"
+            )
+
+    def check_unbiased(self) -> None:
+        """Raise InputError where the sampler's law is not the policy's: the KL to the reference would be wrong."""
+        odd = [
+            f"rollout.{name}={getattr(self, name)}"
+            for name, plain in (("top_p", 1.0), ("top_k", 0), ("min_tokens", 0))
+            if getattr(self, name) != plain
+        ]
+        if odd and not self.allow_biased_sampling:
+            raise InputError(
+                f"{' and '.join(odd)}: PPO would learn from another law than the policy's, and its KL could come out "
+                "negative; leave it out, or set rollout.allow_biased_sampling=true"
+            )
+
+    def adjust(self, logits: Tensor, generated: int, stop_ids: Tensor) -> Tensor:
+        """Log-probs [b, V] of the sampler's law from logits [b, V], after `generated` tokens of the response.
+
+        min_tokens, temperature, top_k, top_p, in vLLM's order; what is ruled out has -inf.
+        """
+        logits = logits.float() / self.temperature
+        if generated < self.min_tokens:
+            logits = logits.index_fill(1, stop_ids, float("-inf"))
+        if self.top_k and self.top_k < logits.shape[1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k, dim=1).values[:, -1:], float("-inf"))
+        if self.top_p < 1:
+            ordered, place = logits.sort(1, descending=True)
+            before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # probability of what is likelier
+            logits = logits.masked_fill((before >= self.top_p).gather(1, place.argsort(1)), float("-inf"))
+        return logits.log_softmax(1)
 
 
 class Sampler(Protocol):

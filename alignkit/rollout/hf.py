@@ -54,13 +54,13 @@ class HFSampler:
         logprobs: list[list[float]] = [[] for _ in range(rows)]
         step_ids, positions = ids.masked_fill(~mask, 0), position_ids(mask)
         with torch.no_grad():
-            for _ in range(law.max_new_tokens):
+            for generated in range(law.max_new_tokens):
                 out = hf(
                     input_ids=step_ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
                     use_cache=True, logits_to_keep=1,
                 )  # fmt: skip
                 cache = out.past_key_values
-                law_logprobs = (out.logits[:, -1, : hf.trained_rows].float() / law.temperature).log_softmax(-1)
+                law_logprobs = law.adjust(out.logits[:, -1, : hf.trained_rows], generated, stops)
                 # Exponential races: argmin E/p with E ~ Exp(1) is a draw from p, one stream a row.
                 race = torch.stack(
                     [torch.empty(law_logprobs.shape[1], device=hf.device).exponential_(generator=g) for g in streams]

@@ -89,8 +89,9 @@ class VLLMSampler:
         params = [
             SamplingParams(
                 temperature=law.temperature,
-                top_p=1.0,
-                top_k=-1,
+                top_p=law.top_p,
+                top_k=law.top_k,
+                min_tokens=law.min_tokens,
                 max_tokens=law.max_new_tokens,
                 logprobs=0,
                 seed=stream,

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import torch
 
-from alignkit import artifacts, data, models, tokens
+from alignkit import artifacts, batches, data, models, tokens
 from alignkit.config import Evaluate
 from alignkit.engine import World
 from alignkit.log import RunLog, write_atomic
@@ -94,9 +94,9 @@ def kl_to(ref_roles, roles, rollouts, temperature: float) -> torch.Tensor:
 
     def logprobs(module):
         device = next(module.parameters()).device
-        return models.map_rows(
-            lambda ids, mask, slots: module("policy", ids, mask, slots, temperature)[0],
-            rollouts.ids.to(device), rollouts.mask.to(device), rollouts.response_ids.shape[1], 16,
+        return batches.map_rows(
+            lambda ids, mask, starts, slots: module("policy", ids, mask, starts, slots, temperature)[0],
+            *(part.to(device) for part in rollouts.flush_left()), rollouts.response_ids.shape[1], 16,
         ).cpu()  # fmt: skip
 
     return ((logprobs(roles) - logprobs(ref_roles)) * rollouts.response_mask).sum(1)

@@ -7,7 +7,7 @@ import math
 import torch
 from trl import RewardConfig, RewardTrainer
 
-from alignkit import artifacts, data, models, tokens
+from alignkit import artifacts, batches, data, models, tokens
 from alignkit.config import Reward
 from alignkit.engine import World
 from alignkit.log import RunLog
@@ -94,9 +94,9 @@ def score_pairs(
         [[True] * len(row) + [False] * (longest - len(row)) for row in rows] or [[True]], device=world.device
     )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    scores = models.map_rows(
-        lambda i, m, slots: models.apply_head(_head_of(base), models.last_valid(models.trunk_hidden(base, i, m), m)),
-        ids, mask, longest, 2 * micro_batch_size,
+    scores = batches.map_rows(
+        lambda i, m, starts, slots: models.apply_head(_head_of(base), models.last_valid(models.trunk_hidden(base, i, m), m)),
+        ids, mask, torch.zeros(len(ids), dtype=torch.long, device=world.device), longest, 2 * micro_batch_size,
     )  # fmt: skip
     shares = world.gather((mine, scores[: len(rows)].reshape(-1, 2).cpu()))
     table = torch.empty(len(pairs), 2)
