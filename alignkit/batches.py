@@ -80,14 +80,16 @@ def by_length(lengths: Tensor, micro_batch_size: int, parts: int = 1) -> list[Te
     order = lengths.argsort(descending=True, stable=True).tolist()
     of = lengths.tolist()
     groups: list[list[int]] = []
+    valid = 0  # slots of the last group that hold a token
     for row in order:
         group = groups[-1] if groups else []
         slots = of[group[0]] * (len(group) + 1) if group else 0
-        padding = slots - sum(of[other] for other in group) - of[row]
-        if group and len(group) < micro_batch_size and padding <= MAX_PADDING * slots:
+        if group and len(group) < micro_batch_size and slots - valid - of[row] <= MAX_PADDING * slots:
             group.append(row)
+            valid += of[row]
         else:
             groups.append([row])
+            valid = of[row]
     while len(groups) < parts:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         group = groups[largest]

@@ -48,6 +48,18 @@ class Env:
         ids = ids.masked_fill(~mask, 0)
         return (self.token_score[ids] * mask).sum(1) + self.table_score[ids[:, 0], ids[:, 1], ids[:, 2]]
 
+    def sample(self, policy: torch.Tensor, rows: int, temperature: float, generator: torch.Generator) -> Rollouts:
+        """`rows` responses from softmax(policy / temperature)."""
+        law = (policy.detach() / temperature).log_softmax(-1)
+        ids, logprobs = torch.zeros(rows, T, dtype=torch.long), torch.zeros(rows, T)
+        for t in range(T):
+            at = law[prefixes(ids)[:, t]]
+            ids[:, t] = torch.multinomial(at.exp(), 1, generator=generator).squeeze(1)
+            logprobs[:, t] = at.gather(1, ids[:, t : t + 1]).squeeze(1)
+        ids, mask, finished = F.truncate_at_stop(ids, [0], pad_id=V)
+        one = torch.ones(rows, 1, dtype=torch.long)
+        return Rollouts(one, one.bool(), ids.masked_fill(~mask, 0), mask, logprobs * mask, finished, [{}] * rows, 1)
+
     def judge(self, logits: torch.Tensor, beta: float, temperature: float) -> float:
         """The fraction of the achievable improvement of E[score] - beta KL, exact."""
         ids, mask = self.leaves()
@@ -74,11 +86,12 @@ def leaf_logprobs(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -
 class Tables(nn.Module):
     """Policy, reference and critic as tables, with the interface of `models.make_roles`."""
 
-    def __init__(self, env: Env) -> None:
+    def __init__(self, ref_logits: torch.Tensor, prefixes=prefixes) -> None:
         super().__init__()
-        self.policy = nn.Parameter(env.ref_logits.float().clone())
-        self.critic = nn.Parameter(torch.zeros(len(env.ref_logits)))
-        self.register_buffer("ref_policy", env.ref_logits.float().clone())
+        self.policy = nn.Parameter(ref_logits.float().clone())
+        self.critic = nn.Parameter(torch.zeros(len(ref_logits)))
+        self.register_buffer("ref_policy", ref_logits.float().clone())
+        self.prefixes = prefixes
         self.role_of = {"policy": 0, "ref_policy": 1, "critic": 2}
         self.ref_temperature: float | None = None  # a planted fault: another temperature for the reference
         self.policy_temperature: float | None = None
@@ -87,9 +100,10 @@ class Tables(nn.Module):
         return None
 
     def forward(self, role, ids, mask, starts, response_slots, temperature=1.0, entropy=False, lower=None):
-        at = (starts[:, None] + torch.arange(T)).clamp(max=ids.shape[1] - 1)
+        slots = max(response_slots, 2) if len(self.critic) > 1 else response_slots
+        at = (starts[:, None] + torch.arange(slots)).clamp(max=ids.shape[1] - 1)
         tokens = ids.gather(1, at)
-        states = prefixes(tokens)[:, :response_slots]
+        states = self.prefixes(tokens)[:, :response_slots]
         if role == "critic":
             return self.critic[states]
         temperature = (self.ref_temperature if role == "ref_policy" else self.policy_temperature) or temperature
@@ -127,26 +141,34 @@ class PlainEngine:
             )
 
 
-def sample(policy: torch.Tensor, rows: int, temperature: float, generator: torch.Generator) -> Rollouts:
-    """`rows` responses from softmax(policy / temperature)."""
-    law = (policy.detach() / temperature).log_softmax(-1)
-    ids, logprobs = torch.zeros(rows, T, dtype=torch.long), torch.zeros(rows, T)
-    for t in range(T):
-        at = law[prefixes(ids)[:, t]]
-        ids[:, t] = torch.multinomial(at.exp(), 1, generator=generator).squeeze(1)
-        logprobs[:, t] = at.gather(1, ids[:, t : t + 1]).squeeze(1)
-    ids, mask, finished = F.truncate_at_stop(ids, [0], pad_id=V)
-    ids = ids.masked_fill(~mask, 0)
-    one = torch.ones(rows, 1, dtype=torch.long)
-    return Rollouts(one, one.bool(), ids, mask, logprobs * mask, finished, [{}] * rows, 1)
+@dataclass
+class Bandit:
+    """One state, five actions, one token a response."""
+
+    ref: torch.Tensor
+    rewards: torch.Tensor
+
+    def score(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.rewards[ids[:, 0]]
+
+    def sample(self, policy: torch.Tensor, rows: int, temperature: float, generator: torch.Generator) -> Rollouts:
+        law = (policy.detach()[0] / temperature).log_softmax(-1)
+        ids = torch.multinomial(law.exp(), rows, replacement=True, generator=generator)[:, None]
+        one = torch.ones(rows, 1, dtype=torch.long)
+        done = torch.ones(rows, dtype=torch.bool)
+        return Rollouts(one, one.bool(), ids, one.bool(), law[ids[:, 0]][:, None], done, [{}] * rows, 1)
+
+    def tables(self) -> Tables:
+        """The same tables with one row: every prefix is the empty one."""
+        return Tables(self.ref.log()[None], prefixes=torch.zeros_like)
 
 
 def train(
-    env: Env, algorithm, *, temperature=1.0, seed=0, rounds=250, rows=512, rate=0.05, group_size=1, tables=None
+    env, algorithm, *, temperature=1.0, seed=0, rounds=250, rows=512, rate=0.05, group_size=1, tables=None
 ) -> torch.Tensor:
     """The policy's table after `rounds` rounds of alignkit's forward, experience and update."""
     torch.manual_seed(seed)
-    roles = tables or Tables(env)
+    roles = tables or Tables(env.ref_logits)
     if not algorithm.needs_critic:
         del roles.role_of["critic"]
     optimizer = Optimizer(learning_rate=rate, schedule="linear")
@@ -161,7 +183,7 @@ def train(
     )  # fmt: skip
     state, generator = algorithm.start(), torch.Generator().manual_seed(seed)
     for _ in range(rounds):
-        rollouts = sample(roles.policy, rows, temperature, generator)
+        rollouts = env.sample(roles.policy, rows, temperature, generator)
         scores = env.score(rollouts.response_ids, rollouts.response_mask).float()
         seen = stage.forward(cfg, roles, rollouts)
         experience, _ = algorithm.experience(
