@@ -258,9 +258,14 @@ class Engine:
 
     def step(self) -> float:
         """One optimizer step; the gradient norm before clipping."""
+        import torch
+
+        norm = None
+        if not self.engine.zero_optimization():  # DeepSpeed tells none
+            grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
     def discard(self) -> None:
         """Forget the gradient accumulated since the last step, as DeepSpeed does after an overflow."""

@@ -18,7 +18,7 @@ from alignkit.cli import conf_dir
 from alignkit.types import InputError
 from runs import metrics
 
-# {name: overrides}. "{rows}" and "{mine}" stand for the data file and a reward function of two words.
+# {name: overrides}, over the `base` below. "{rows}" and "{mine}" stand for the data file and a reward function of two words.
 FLIPS = {
     "default": [],
     "ppo_epochs": ["algorithm.ppo_epochs=2"],
@@ -32,15 +32,15 @@ FLIPS = {
     "whiten_advantages": ["algorithm.whiten_advantages=false"],
     "kl_coef": ["algorithm.kl_coef=0"],
     "kl_in_loss": ["algorithm.kl_in=loss"],
-    "kl_in_loss_k3+": ["algorithm.kl_in=loss", "algorithm.kl_estimator=k3+"],
+    "kl_in_loss_k3_plus": ["algorithm.kl_in=loss", "algorithm.kl_estimator=k3+"],
     "kl_k3_parity": ["algorithm.kl_estimator=k3", "algorithm.peer_parity=true"],
     "kl_abs_parity": ["algorithm.kl_estimator=abs", "algorithm.peer_parity=true"],
     "adaptive_kl": ["algorithm.adaptive_kl_target=6", "algorithm.adaptive_kl_horizon=64"],
     "normalize_scores": ["algorithm.normalize_scores=true"],
     "score_clip": ["algorithm.score_clip=0.01"],
+    "missing_eos_replace": ["algorithm.missing_eos=replace"],
     "missing_eos_subtract": ["algorithm.missing_eos=subtract"],
-    "missing_eos_none": ["algorithm.missing_eos=none"],
-    "missing_eos_value": ["algorithm.missing_eos_value=-3"],
+    "missing_eos_value": ["algorithm.missing_eos=replace", "algorithm.missing_eos_value=-3"],
     "importance_none": ["algorithm.importance=none"],
     "importance_sequence": ["algorithm.importance=sequence"],
     "importance_icepop": ["algorithm.importance=icepop", "algorithm.importance_floor=0.5"],
@@ -70,7 +70,7 @@ FLIPS = {
     "min_tokens": ["rollout.min_tokens=3", "rollout.allow_biased_sampling=true"],
     "vllm_biased": ["rollout=vllm", "rollout.top_p=0.9", "rollout.min_tokens=3", "rollout.allow_biased_sampling=true"],
     "temperature": ["rollout.temperature=0.7"],
-    "stop_token_ids": ["rollout.stop_token_ids=[20,21]"],
+    "stop_token_ids": ["rollout.stop_token_ids=null"],
     "keep_shared_states": ["keep_shared_states=false"],
     "cosine": ["optimizer.schedule=cosine"],
     "constant": ["optimizer.schedule=constant", "optimizer.warmup_steps=1"],
@@ -86,14 +86,19 @@ FLIPS = {
 
 @pytest.fixture(scope="session")
 def flips(pipeline, rows, tmp_path_factory) -> Path:
-    """All of FLIPS in one process; the folder of the runs, with errors.json in it."""
+    """All of FLIPS in one process; the folder of the runs, with errors.json in it.
+
+    Every fifth token or so ends a response, and the penalty for those that are cut is off, so that lengths and scores
+    differ and an option has something to change.
+    """
     folder = tmp_path_factory.mktemp("flips")
     mine = folder / "mine.py"
     mine.write_text("def score(prompts, responses, meta):\n    return [float(r.count('good')) for r in responses]\n")
     base = [
         f"runs_dir={folder}", f"model.path={pipeline / 'sft'}", f"data.path={rows}", "logger=none", "rollout=hf",
         "rollout.max_new_tokens=8", "finetune.last_layers=2", "steps=2", "rollout_batch_size=8", "mini_batch_size=4",
-        "micro_batch_size=2", "group_size=2", "optimizer.learning_rate=1e-3",
+        "micro_batch_size=2", "group_size=2", "optimizer.learning_rate=1e-3", "algorithm.missing_eos=none",
+        f"rollout.stop_token_ids={list(range(20, 80))}".replace(" ", ""),
     ]  # fmt: skip
     jobs = {}
     for name, flip in FLIPS.items():
@@ -142,7 +147,7 @@ CHANGES = {
     "whiten_advantages": ["policy/grad_norm"],
     "normalize_scores": ["objective/score"],
     "score_clip": ["objective/score"],
-    "missing_eos_none": ["objective/score"],
+    "missing_eos_replace": ["objective/score"],
     "missing_eos_value": ["objective/score"],
     "missing_eos_subtract": ["objective/score"],
     "vf_coef": ["critic/grad_norm"],
