@@ -9,7 +9,7 @@ Nothing here imports torch when it is imported: composing a config stays fast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +148,14 @@ class Loss:
     total: Tensor  # [] sum over tokens (or sequences)
     count: Tensor  # [] how many were summed
     metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass
+class Payload:
+    """What a sync may send: whole weights, or the files of an adapter."""
+
+    weights: Callable[[], Iterable[tuple[str, Tensor]]]  # (name, tensor) of the policy, adapters folded in
+    save_adapter: Callable[[Path], None] | None = None  # write the policy's adapter to a folder; None: it has none
 
 
 Rows = Sequence[dict[str, Any]]

@@ -72,7 +72,7 @@ def main() -> None:
             synchronize()
             update_seconds = time.perf_counter() - started
         with clock("sync"):
-            sampler.sync_weights(lambda: cfg.finetune.sync_payload(roles), number + 2)
+            sampler.sync_weights(cfg.finetune.payload(roles), number + 2)
         laps = clock.lap()
         print(f"round {number}: update {update_seconds:.2f} s, bare {bare_seconds:.2f} s, phases {laps}", flush=True)
         if number:
@@ -169,7 +169,7 @@ def build(cfg: config.PPO, world: World) -> tuple:
     sampler = cfg.rollout.start(
         rollout.Context.of(cfg, source, tokenizer, max_sequences=cfg.rollout_batch_size, roles=roles)
     )
-    sampler.sync_weights(lambda: cfg.finetune.sync_payload(roles), 1)
+    sampler.sync_weights(cfg.finetune.payload(roles), 1)
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
     return roles, engines, sampler, score, batch
 

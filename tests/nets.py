@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,7 +106,7 @@ class TorchEngine:
 
     def __init__(self, module, parameters, optimizer: Optimizer, updates: int = 1) -> None:
         self.module, self.parameters, self.optimizer = module, parameters, optimizer.build(parameters)
-        self.rate, self.update, self.updates = optimizer.learning_rate, 0, updates
+        self.rate, self.clip, self.update, self.updates = optimizer.learning_rate, optimizer.max_grad_norm, 0, updates
         self.forwards: list[torch.Tensor] = []
         self.gradients: list[list[torch.Tensor]] = []
 
@@ -118,9 +119,10 @@ class TorchEngine:
 
     def step(self) -> float:
         self.gradients.append([p.grad.clone() for p in self.parameters if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
         self.optimizer.step()
         self.discard()
-        return 0.0
+        return float(norm)
 
     def discard(self) -> None:
         self.optimizer.zero_grad()
@@ -134,9 +136,11 @@ class TorchEngine:
         self.optimizer.param_groups[0]["lr"] = self.rate * max(1, self.updates - self.update) / self.updates
 
 
-def torch_engines(roles, finetune=None, rate: float = 0.1, updates: int = 1) -> dict[str, TorchEngine]:
+def torch_engines(roles, finetune=None, rate: float = 0.1, updates: int = 1, clips=None) -> dict[str, TorchEngine]:
+    """An engine for each role that trains; gradients are clipped to norm `clips[role]`, and by default not at all."""
     parameters = {role: (finetune or Full()).parameters(roles, role) for role in ("policy", "critic")}
-    return {role: TorchEngine(roles, own, SGD(rate), updates) for role, own in parameters.items() if own}
+    optimizers = {role: SGD(rate, max_grad_norm=(clips or {}).get(role, 0.0)) for role in parameters}
+    return {role: TorchEngine(roles, own, optimizers[role], updates) for role, own in parameters.items() if own}
 
 
 def weights(roles) -> dict[str, torch.Tensor]:

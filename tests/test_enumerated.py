@@ -124,5 +124,7 @@ def test_49b_bandit(seed):
     env = Bandit(ref, rewards)
     policy = train(env, ppo(1.0), seed=seed, rounds=400, tables=env.tables())[0].double().softmax(0)
     objective = (policy * (rewards - (policy / ref.double()).log())).sum()
-    assert float(objective) == pytest.approx(best["objective"], abs=1e-3) and float(objective) <= best["objective"] + 1e-9
+    assert (
+        float(objective) == pytest.approx(best["objective"], abs=1e-3) and float(objective) <= best["objective"] + 1e-9
+    )
     assert float((policy - torch.tensor(best["pi"])).abs().sum()) / 2 <= 0.005

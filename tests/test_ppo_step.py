@@ -322,7 +322,9 @@ def test_46_schedules(total):
     linear = [Optimizer(schedule="linear").factor(step, total) for step in range(total)]
     assert linear == pytest.approx([1 - (u - 1) / total for u in range(1, total + 1)], abs=1e-15) and linear[-1] > 0
     cosine = [Optimizer(schedule="cosine").factor(step, total) for step in range(total)]
-    expected = torch.optim.lr_scheduler.CosineAnnealingLR(Optimizer(1.0).build([torch.nn.Parameter(torch.ones(1))]), total)
+    expected = torch.optim.lr_scheduler.CosineAnnealingLR(
+        Optimizer(1.0).build([torch.nn.Parameter(torch.ones(1))]), total
+    )
     for value in cosine:
         assert value == pytest.approx(expected.get_last_lr()[0], abs=1e-12)
         expected.optimizer.step()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignkit import models
 from alignkit.finetune.critic import Critic
-from alignkit.types import InputError
+from alignkit.types import InputError, Payload
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,6 +76,10 @@ class Full:
         if role == "policy":
             return list(roles.model(role).parameters()) + (head if roles.trunk_critic else [])
         return list(roles.model(role).base_model.parameters()) + head if role in roles.role_of else []
+
+    def payload(self, roles: nn.Module) -> Payload:
+        """Whole weights."""
+        return Payload(lambda: self.sync_payload(roles))
 
     def sync_payload(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight of the policy."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignkit import models
 from alignkit.finetune.critic import Critic
-from alignkit.types import InputError
+from alignkit.types import InputError, Payload
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -163,6 +163,10 @@ class LoRA:
         own = [p for name, p in roles.models.named_parameters() if f".{role}." in name]
         with_head = (role == "critic" and not roles.trunk_critic) or (role == "policy" and roles.trunk_critic)
         return own + (list(roles.heads["critic"].parameters()) if with_head and "critic" in roles.heads else [])
+
+    def payload(self, roles: nn.Module) -> Payload:
+        """The folded weights, or the adapter's files."""
+        return Payload(lambda: self.sync_payload(roles), lambda folder: self.save(roles, folder))
 
     def sync_payload(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight of the base with the policy adapter folded in; the base itself is not touched."""

@@ -36,11 +36,10 @@ class RewardModel:
                         context.device
                     )
                 )
+            ids, mask, starts = (part.to(context.device) for part in rollouts.flush_left())
+            slots = rollouts.response_ids.shape[1]
             return batches.map_rows(
-                lambda ids, mask, starts, slots: roles[0]("reward_model", ids, mask, starts, slots),
-                *(part.to(context.device) for part in rollouts.flush_left()),
-                rollouts.response_ids.shape[1],
-                self.micro_batch_size,
+                lambda *rows: roles[0]("reward_model", *rows), ids, mask, starts, slots, self.micro_batch_size
             ).cpu()
 
         return score

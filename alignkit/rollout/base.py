@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from alignkit.types import InputError, ModelSource, PromptBatch, Rollouts
+from alignkit.types import InputError, ModelSource, Payload, PromptBatch, Rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,11 +77,19 @@ class Sampling:
 class Sampler(Protocol):
     """A started engine."""
 
-    def generate(self, prompts: PromptBatch, group_size: int, seed: int, step: int) -> Rollouts:
-        """`group_size` responses a prompt, siblings adjacent."""
+    def generate(
+        self, prompts: PromptBatch, group_size: int, seed: int, step: int, max_new_tokens: int | None = None
+    ) -> Rollouts:
+        """`group_size` responses a prompt, siblings adjacent; of `max_new_tokens` slots, where the config's are too many."""
 
-    def sync_weights(self, payload: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
+    def sync_weights(self, payload: Payload, version: int) -> None:
         """Make the engine answer with the policy's present weights, called `version` from now on."""
+
+    def describe(self) -> str:
+        """What a sync sends and why, in words."""
+
+    def remedies(self) -> list[tuple[str, Callable[[], None]]]:
+        """(what may be wrong with its copy of the weights, what would mend it), for the diagnosis of a failed sync."""
 
     def use(self, roles: nn.Module) -> None:
         """Sample for another module from the next `sync_weights` on."""
@@ -102,6 +111,8 @@ class Context:
     max_sequences: int  # at once
     trust_remote_code: bool = False
     roles: nn.Module | None = None  # the trainer's module, for engines that sample with it
+    adapter_rank: int | None = None  # of the policy's adapter; None: whole weights are synced
+    scratch: Path | None = None  # where adapters lie on their way to the engine; None: the temporary folder
 
     @classmethod
     def of(cls, cfg: Any, source: ModelSource, tokenizer: Any, *, max_sequences: int, roles: nn.Module) -> Context:
@@ -116,6 +127,8 @@ class Context:
             max_sequences=max_sequences,
             trust_remote_code=cfg.model.trust_remote_code,
             roles=roles,
+            adapter_rank=getattr(getattr(cfg, "finetune", None), "rank", None),
+            scratch=cfg.run_dir if cfg.run_dir.is_dir() else None,
         )
 
 

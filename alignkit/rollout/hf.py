@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from alignkit.rollout.base import Context, Sampling, pack_rollouts, stream_seeds
-from alignkit.types import PromptBatch, Rollouts
+from alignkit.types import Payload, PromptBatch, Rollouts
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @dataclass
@@ -30,13 +29,21 @@ class HFSampler:
     def __init__(self, sampling: HF, context: Context) -> None:
         self.sampling, self.context, self.version, self.role = sampling, context, 0, "policy"
 
-    def sync_weights(self, payload: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
+    def sync_weights(self, payload: Payload, version: int) -> None:
         self.version = version
+
+    def remedies(self) -> list:
+        return []
+
+    def describe(self) -> str:
+        return "hf: samples with the weights that train, nothing is sent"
 
     def use(self, roles: nn.Module) -> None:
         self.context.roles = roles
 
-    def generate(self, prompts: PromptBatch, group_size: int, seed: int, step: int) -> Rollouts:
+    def generate(
+        self, prompts: PromptBatch, group_size: int, seed: int, step: int, max_new_tokens: int | None = None
+    ) -> Rollouts:
         import torch
 
         from alignkit.models import position_ids
@@ -49,12 +56,13 @@ class HFSampler:
         mask = prompts.prompt_mask.repeat_interleave(group_size, 0).to(hf.device)
         streams = [torch.Generator(hf.device).manual_seed(s) for s in stream_seeds(prompts, group_size, seed, step)]
         stops = torch.tensor([context.eos_id, *(law.stop_token_ids or [])], device=hf.device)
+        slots = max_new_tokens or law.max_new_tokens
         rows, done, cache = len(ids), torch.zeros(len(ids), dtype=torch.bool, device=hf.device), None
         tokens: list[list[int]] = [[] for _ in range(rows)]
         logprobs: list[list[float]] = [[] for _ in range(rows)]
         step_ids, positions = ids.masked_fill(~mask, 0), position_ids(mask)
         with torch.no_grad():
-            for generated in range(law.max_new_tokens):
+            for generated in range(slots):
                 out = hf(
                     input_ids=step_ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
                     use_cache=True, logits_to_keep=1,
@@ -75,9 +83,7 @@ class HFSampler:
                 done = done | torch.isin(drawn, stops)
                 if done.all():
                     break
-        return pack_rollouts(
-            prompts, group_size, tokens, logprobs, done.tolist(), context, self.version, law.max_new_tokens
-        )
+        return pack_rollouts(prompts, group_size, tokens, logprobs, done.tolist(), context, self.version, slots)
 
     def close(self) -> None:
         """Nothing of its own to free."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.rollout.base import Context, Sampling, pack_rollouts, stream_seeds
-from alignkit.types import PromptBatch, Rollouts, RunError
+from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 # Engines of this process. When one is collected, vLLM destroys the process group that the trainer still needs.
 _ENGINES: list[Any] = []
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
 @dataclass
@@ -22,9 +26,16 @@ class VLLM(Sampling):
     """vLLM with the policy's weights pushed after every update."""
 
     name: str = "vllm"
+    payload: str = "auto"  # adapter | merged | auto: what a sync sends; auto: the adapter on a GPU, merged on a CPU
+    prefix_caching: bool = True  # prompts with the same beginning share its keys and values; emptied at every sync
     kv_cache_gib: float = 1.0  # key-value cache of the CPU build
     gpu_memory_utilization: float = 0.3  # share of the device that vLLM may take, weights and cache
     enforce_eager: bool = True  # no CUDA graphs: starts faster, decodes slower on a GPU
+
+    def check(self) -> None:
+        super().check()
+        if self.payload not in ("auto", "adapter", "merged"):
+            raise InputError(f"rollout.payload={self.payload}: expected auto, adapter or merged")
 
     def start(self, context: Context) -> VLLMSampler:
         """Start the engine and load the base model."""
@@ -38,14 +49,20 @@ class VLLMSampler:
         import torch
 
         self.sampling, self.context, self.version = config, context, 0
+        self.cpu = not torch.cuda.is_available()
+        self.payload, self.why = choose_payload(config.payload, context.adapter_rank, self.cpu)
+        self.lora: Any = None  # the request that names the present adapter
+        self.folder = Path(tempfile.mkdtemp(prefix="sync-", dir=context.scratch))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are pushed without a copy
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
-        self.cpu = not torch.cuda.is_available()
         from vllm import LLM
 
         device = {} if self.cpu else {"gpu_memory_utilization": config.gpu_memory_utilization}
+        if self.payload == "adapter":
+            rank = next(r for r in LORA_RANKS if r >= (context.adapter_rank or 0))
+            device |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
         self.llm = LLM(
             context.base,
             skip_tokenizer_init=True,  # token ids in, token ids out: one tokenization in the project
@@ -55,7 +72,7 @@ class VLLMSampler:
             enforce_eager=config.enforce_eager,
             enable_chunked_prefill=False,  # a prompt cut in two draws twice from its stream, and breaks on a CPU
             max_num_batched_tokens=max(context.max_model_len, 4096),
-            enable_prefix_caching=False,  # its blocks would outlive the weights that filled them
+            enable_prefix_caching=config.prefix_caching,
             generation_config="vllm",  # never the checkpoint's own temperature or top-p
             logprobs_mode="processed_logprobs",  # of the law that was sampled from, temperature included
             distributed_executor_backend="external_launcher",
@@ -65,25 +82,66 @@ class VLLMSampler:
         )
         _ENGINES.append(self.llm)
 
-    def sync_weights(self, payload: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
-        """Load the policy's whole weights, adapters folded in."""
+    def describe(self) -> str:
+        """What a sync sends, and why."""
+        return f"vLLM: a sync sends {'the adapter' if self.payload == 'adapter' else 'whole weights'} ({self.why})"
+
+    def sync_weights(self, payload: Payload, version: int) -> None:
+        """Send the adapter or the whole weights, then forget the keys and values of the old ones."""
         if version <= self.version:
             raise RunError(f"weights of version {version} pushed over version {self.version}: versions only grow")
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(payload()), "is_checkpoint_format": True}
-        )
-        if self.cpu:
-            self.llm.apply_model(_repack_tied_head)
+        if self.payload == "adapter":
+            self._send_adapter(payload, version)
+        else:
+            self._send_weights(payload)
         self.llm.reset_prefix_cache()
         self.version = version
+
+    def _send_adapter(self, payload: Payload, version: int) -> None:
+        from vllm.lora.request import LoRARequest
+
+        assert payload.save_adapter is not None  # `choose_payload`
+        folder, old = self.folder / f"version_{version}", self.lora
+        payload.save_adapter(folder)
+        self.lora = LoRARequest(f"policy-{version}", version, str(folder))
+        if not self.llm.llm_engine.add_lora(self.lora):
+            raise RunError(f"vLLM did not take the adapter of version {version} in {folder}")
+        if old is not None:
+            self.llm.llm_engine.remove_lora(old.lora_int_id)
+            shutil.rmtree(old.lora_path)
+
+    def _send_weights(self, payload: Payload) -> None:
+        self.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(payload.weights()), "is_checkpoint_format": True}
+        )
+        if self.cpu:
+            self.repack_tied_head()
+
+    def repack_tied_head(self) -> None:
+        """The CPU build keeps a packed copy of lm_head; a reload leaves it stale when it is tied to the embedding."""
+        self.llm.apply_model(_repack_tied_head)
+
+    def remedies(self) -> list[tuple[str, Callable[[], None]]]:
+        found: list[tuple[str, Callable[[], None]]] = [
+            (
+                "its prefix cache kept keys and values of older weights: reset it after every sync",
+                lambda: self.llm.reset_prefix_cache(),
+            )
+        ]
+        if self.cpu and self.payload == "merged":
+            stale = "its packed copy of the output embedding is older than the embedding it is tied to: repack it"
+            found.append((stale, self.repack_tied_head))
+        return found
 
     def use(self, roles: nn.Module) -> None:
         """Nothing to do: weights arrive by `sync_weights`."""
 
-    def generate(self, prompts: PromptBatch, group_size: int, seed: int, step: int) -> Rollouts:
+    def generate(
+        self, prompts: PromptBatch, group_size: int, seed: int, step: int, max_new_tokens: int | None = None
+    ) -> Rollouts:
         from vllm import SamplingParams
 
-        law = self.sampling
+        law, slots = self.sampling, max_new_tokens or self.sampling.max_new_tokens
         rows = zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
         requests = [{"prompt_token_ids": row[mask].tolist()} for row, mask in rows for _ in range(group_size)]
         params = [
@@ -91,8 +149,8 @@ class VLLMSampler:
                 temperature=law.temperature,
                 top_p=law.top_p,
                 top_k=law.top_k,
-                min_tokens=law.min_tokens,
-                max_tokens=law.max_new_tokens,
+                min_tokens=min(law.min_tokens, slots),
+                max_tokens=slots,
                 logprobs=0,
                 seed=stream,
                 stop_token_ids=[self.context.eos_id, *(law.stop_token_ids or [])],
@@ -100,20 +158,38 @@ class VLLMSampler:
             )
             for stream in stream_seeds(prompts, group_size, seed, step)
         ]
-        outputs = [out.outputs[0] for out in self.llm.generate(requests, params, use_tqdm=False)]
+        answers = self.llm.generate(requests, params, use_tqdm=False, lora_request=self.lora)
+        outputs = [answer.outputs[0] for answer in answers]
         tokens = [list(out.token_ids) for out in outputs]
         logprobs = [[at[t].logprob for t, at in zip(out.token_ids, out.logprobs, strict=True)] for out in outputs]
         finished = [out.finish_reason == "stop" for out in outputs]
-        return pack_rollouts(
-            prompts, group_size, tokens, logprobs, finished, self.context, self.version, law.max_new_tokens
-        )
+        return pack_rollouts(prompts, group_size, tokens, logprobs, finished, self.context, self.version, slots)
 
     def close(self) -> None:
-        """Nothing: the engine ends with the process, see `_ENGINES`."""
+        """Remove the adapters' folder. The engine ends with the process, see `_ENGINES`."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def choose_payload(wanted: str, adapter_rank: int | None, cpu: bool) -> tuple[str, str]:
+    """(adapter | merged, why) for a policy whose adapter has this rank (None: all its weights train)."""
+    if adapter_rank is None:
+        if wanted == "adapter":
+            raise InputError("rollout.payload=adapter, but the policy has no adapter: use merged or auto")
+        return "merged", "all of them train"
+    if adapter_rank > LORA_RANKS[-1]:
+        if wanted == "adapter":
+            raise InputError(
+                f"rollout.payload=adapter with finetune.rank={adapter_rank}: vLLM takes {LORA_RANKS[-1]} at most"
+            )
+        return "merged", f"vLLM takes no adapter of rank {adapter_rank}"
+    if wanted != "auto":
+        return wanted, f"rollout.payload={wanted}"
+    if cpu:
+        return "merged", "the adapter folded in: the CPU build computes adapters slowly"
+    return "adapter", "megabytes instead of gigabytes"
 
 
 def _repack_tied_head(model: Any) -> None:
-    """The CPU build keeps a packed copy of lm_head; a reload leaves it stale when it is tied to the embedding."""
     head = getattr(model, "lm_head", None)
     if head is not None and getattr(head, "quant_method", None) is not None:
         head.quant_method.process_weights_after_loading(head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from alignkit.config import Evaluate
 from alignkit.engine import World
 from alignkit.log import RunLog, write_atomic
 from alignkit.rewards import base as rewards
+from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
-from alignkit.types import InputError
+from alignkit.types import InputError, Payload
 
 
 def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -36,6 +38,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
     ref = models.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)
     ref_roles = models.single_role(ref)
+    canary = attest.Canary.of(cfg, prompts, tokenizer)
 
     # 2. Sample with each policy, on the same random streams, and take the KL to the reference on what it said.
     sampler, samples = None, []
@@ -50,7 +53,8 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
                     )
                 )
             sampler.use(roles)
-            sampler.sync_weights(lambda hf=hf: models.named_weights(hf), version=version)
+            sampler.sync_weights(Payload(partial(models.named_weights, hf)), version=version)
+            canary.check(sampler, roles, version)
             scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
             kl = (
                 torch.zeros(len(scored.scores))

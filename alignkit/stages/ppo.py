@@ -11,6 +11,7 @@ from alignkit.config import PPO
 from alignkit.engine import Engine, World
 from alignkit.log import Clock, RunLog
 from alignkit.rewards import base as rewards
+from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
 from alignkit.stages._ptx import PtxBatches
 from alignkit.types import Experience, Loss, Metrics, Rollouts, ScoredRollouts
@@ -56,8 +57,11 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         sampler = cfg.rollout.start(
             rollout.Context.of(cfg, source, tokenizer, max_sequences=cfg.rollout_batch_size // world.size, roles=roles)
         )
-        version = 1
-        sampler.sync_weights(lambda: cfg.finetune.sync_payload(roles), version)
+        canary = attest.Canary.of(cfg, prompts, tokenizer)
+        payload, version = cfg.finetune.payload(roles), 1
+        sampler.sync_weights(payload, version)
+        canary.check(sampler, roles, version)
+    log.note(sampler.describe())
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
     state = algorithm.start()
     shuffle = torch.Generator().manual_seed(cfg.seed)
@@ -108,10 +112,12 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                     engine.next_update()
             state.kl.update(metrics["objective/kl"][0] / metrics["objective/kl"][1], len(mask))
 
-            # 9. Sync: the sampler gets the new weights under a new version.
+            # 9. Sync: the sampler gets the new weights under a new version, and proves that it answers with them.
             with clock("sync"):
                 version += 1
-                sampler.sync_weights(lambda: cfg.finetune.sync_payload(roles), version)
+                sampler.sync_weights(payload, version)
+            with clock("attest"):
+                numbers |= canary.check(sampler, roles, version)
 
             # 10. Log.
             numbers |= {name: total / max(count, 1) for name, (total, count) in metrics.items()}

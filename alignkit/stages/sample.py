@@ -9,8 +9,9 @@ from alignkit.config import Sample
 from alignkit.engine import World
 from alignkit.log import RunLog, write_atomic
 from alignkit.rewards import base as rewards
+from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
-from alignkit.types import InputError
+from alignkit.types import InputError, Payload
 
 
 def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -30,12 +31,12 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     mine = prompts[world.rank :: world.size]
     with log.progress("starting the engine", 0):
         hf = models.load_policy(source, cfg.model, len(tokenizer)).to(world.device)
+        roles = models.single_role(hf)
         sampler = cfg.rollout.start(
-            rollout.Context.of(
-                cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=models.single_role(hf)
-            )
+            rollout.Context.of(cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=roles)
         )
-        sampler.sync_weights(lambda: models.named_weights(hf), version=1)
+        sampler.sync_weights(Payload(lambda: models.named_weights(hf)), version=1)
+        attest.Canary.of(cfg, prompts, tokenizer).check(sampler, roles, version=1)
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
 
     # 2. Sample and score, a chunk at a time.
