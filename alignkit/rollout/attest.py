@@ -87,11 +87,11 @@ class Canary:
     ) -> str:
         """What is likely wrong, found by trying."""
         head = f"sync: at version {version} engine and trainer differ by up to {largest:.2g} nats (mean {mean:.2g}): "
-        for temperature in (1.0, self.temperature**2, 1 / self.temperature):
+        for temperature in (sampler.sampling.temperature, 1.0, self.temperature**2, 1 / self.temperature):
             if not self.too_far(*gap(rollouts, self.score(roles, rollouts, temperature))):
                 return head + (
-                    f"they use different temperatures (the engine's answers fit {temperature:g}, rollout.temperature is "
-                    f"{self.temperature:g})"
+                    f"they use different temperatures (the engine's answers fit {temperature:g}, the trainer's is "
+                    f"{self.temperature:g}); rollout.temperature must reach both"
                 )
         for name, scale in (("was applied twice", 2.0), ("never arrived", 0.0)):
             with scaled_adapter(roles, scale) as there:

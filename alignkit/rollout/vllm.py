@@ -102,7 +102,10 @@ class VLLMSampler:
 
         assert payload.save_adapter is not None  # `choose_payload`
         folder, old = self.folder / f"version_{version}", self.lora
-        payload.save_adapter(folder)
+        try:
+            payload.save_adapter(folder)
+        except OSError as error:
+            raise RunError(f"sync: the adapter of version {version} cannot be written to {folder}: {error}") from error
         self.lora = LoRARequest(f"policy-{version}", version, str(folder))
         if not self.llm.llm_engine.add_lora(self.lora):
             raise RunError(f"vLLM did not take the adapter of version {version} in {folder}")

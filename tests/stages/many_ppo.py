@@ -1,4 +1,6 @@
-"""Run the PPO stage many times in one process: `python many_ppo.py jobs.json`, with {name: [override, …]} in the file.
+"""Run the PPO stage many times in one process: `python many_ppo.py jobs.json PORT`, with {name: [override, …]} in the file.
+
+A job whose name is that of a function in faults.py runs with that fault planted.
 
 Composes, checks, saves and loads each config as the command line does, then calls the stage as `alignkit.run` does: only
 the start of Python and of DeepSpeed is shared. Prints one JSON line a job: {"name", "error" or null}.
@@ -10,8 +12,10 @@ import json
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
+import faults
 import torch
 
 from alignkit import config, engine
@@ -41,7 +45,8 @@ if __name__ == "__main__":
     for name, overrides in json.loads(Path(sys.argv[1]).read_text()).items():
         error = None
         try:
-            run(overrides, world)
+            with getattr(faults, name, nullcontext)():
+                run(overrides, world)
         except Exception:
             error = traceback.format_exc()
         print("JOB " + json.dumps({"name": name, "error": error}), flush=True)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from alignkit import config
 from alignkit.cli import conf_dir
 from alignkit.types import InputError
-from runs import metrics
+from runs import metrics, run_many
 
 # {name: overrides}, over the `base` below. "{rows}" and "{mine}" stand for the data file and a reward function of two words.
 FLIPS = {
@@ -107,18 +103,7 @@ def flips(pipeline, rows, tmp_path_factory) -> Path:
         replaced = {part.split("=")[0] for part in own}
         jobs[name] = [part for part in base if part.split("=")[0] not in replaced] + reward + own
         jobs[name].append(f"run_name={name}")
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).with_name("many_ppo.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder / "jobs.json"), str(port)],
-        capture_output=True, text=True, timeout=1500, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    said = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("JOB ")]
-    assert len(said) == len(jobs), done.stdout[-3000:] + done.stderr[-3000:]
-    (folder / "errors.json").write_text(json.dumps({job["name"]: job["error"] for job in said}))
+    (folder / "errors.json").write_text(json.dumps(run_many(jobs, folder)))
     return folder
 
 

@@ -1,0 +1,137 @@
+"""Faults of a weight sync, planted in the real parts: each a context manager; the third sync (or the start) goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from alignkit.finetune.lora import LoRA
+from alignkit.rollout import attest
+from alignkit.rollout.vllm import VLLM, VLLMSampler
+from alignkit.types import Payload
+
+BAD = 3  # the version whose sync goes wrong
+
+
+@contextmanager
+def sync_skipped() -> Iterator[None]:
+    sync = VLLMSampler.sync_weights
+
+    def skip(self, payload, version):
+        if version != BAD:
+            sync(self, payload, version)
+
+    with patch.object(VLLMSampler, "sync_weights", skip):
+        yield
+
+
+@contextmanager
+def old_adapter_under_the_new_name() -> Iterator[None]:
+    send = VLLMSampler._send_adapter
+
+    def stale(self, payload, version):
+        if version == BAD:
+            before = self.lora.lora_path
+            payload = Payload(payload.weights, lambda folder: shutil.copytree(before, folder))
+        send(self, payload, version)
+
+    with patch.object(VLLMSampler, "_send_adapter", stale):
+        yield
+
+
+@contextmanager
+def old_weights_under_the_new_version() -> Iterator[None]:
+    send = VLLMSampler._send_weights
+
+    def stale(self, payload):
+        if self.version + 1 != BAD:
+            send(self, payload)
+
+    with patch.object(VLLMSampler, "_send_weights", stale):
+        yield
+
+
+@contextmanager
+def adapter_folded_twice() -> Iterator[None]:
+    plain, syncs = LoRA.sync_payload, []
+
+    def twice(self, roles):
+        syncs.append(1)
+        with attest.scaled_adapter(roles, 2.0 if len(syncs) == BAD else 1.0):
+            return iter(list(plain(self, roles)))
+
+    with patch.object(LoRA, "sync_payload", twice):
+        yield
+
+
+@contextmanager
+def prefix_cache_left() -> Iterator[None]:
+    sync = VLLMSampler.sync_weights
+
+    def leave(self, payload, version):
+        if version == BAD:
+            with patch.object(self.llm, "reset_prefix_cache", lambda: None):
+                sync(self, payload, version)
+        else:
+            sync(self, payload, version)
+
+    with patch.object(VLLMSampler, "sync_weights", leave):
+        yield
+
+
+@contextmanager
+def tied_head_left() -> Iterator[None]:
+    send = VLLMSampler._send_weights
+
+    def leave(self, payload):
+        if self.version + 1 == BAD:
+            with patch.object(self, "repack_tied_head", lambda: None):
+                send(self, payload)
+        else:
+            send(self, payload)
+
+    with patch.object(VLLMSampler, "_send_weights", leave):
+        yield
+
+
+@contextmanager
+def wrong_base() -> Iterator[None]:
+    """The engine loads the other tiny model, in a folder beside the right one."""
+    start = VLLM.start
+
+    def other(self, context):
+        context.base = context.base.rstrip("/") + "-other"
+        return start(self, context)
+
+    with patch.object(VLLM, "start", other):
+        yield
+
+
+@contextmanager
+def trainer_without_temperature() -> Iterator[None]:
+    of = attest.Canary.of.__func__
+
+    def cold(cls, cfg, prompts, tokenizer):
+        canary = of(cls, cfg, prompts, tokenizer)
+        canary.temperature = 1.0
+        return canary
+
+    with patch.object(attest.Canary, "of", classmethod(cold)):
+        yield
+
+
+@contextmanager
+def disk_full() -> Iterator[None]:
+    save, saves = LoRA.save, []
+
+    def full(self, roles, folder):
+        saves.append(1)
+        if len(saves) == BAD:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, roles, folder)
+
+    with patch.object(LoRA, "save", full):
+        yield
