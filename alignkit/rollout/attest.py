@@ -69,7 +69,7 @@ class Canary:
         return {"rollout/canary_gap_max": largest, "rollout/canary_gap": mean}
 
     def sample(self, sampler: Any) -> Rollouts:
-        return sampler.generate(self.prompts, 1, self.seed, -1, max_new_tokens=TOKENS)
+        return sampler.generate(self.prompts, sampler.copies, self.seed, -1, max_new_tokens=TOKENS)
 
     def score(self, roles: torch.nn.Module, rollouts: Rollouts, temperature: float | None = None) -> torch.Tensor:
         """The trainer's log-probs [N, TOKENS] of what the engine sampled."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
+
+
 @dataclass
 class Sampling:
     """The sampler's law, the same in every engine."""
@@ -88,6 +91,8 @@ class Sampler(Protocol):
     def describe(self) -> str:
         """What a sync sends and why, in words."""
 
+    copies: int  # how many engines answer
+
     def remedies(self) -> list[tuple[str, Callable[[], None]]]:
         """(what may be wrong with its copy of the weights, what would mend it), for the diagnosis of a failed sync."""
 
@@ -113,9 +118,37 @@ class Context:
     roles: nn.Module | None = None  # the trainer's module, for engines that sample with it
     adapter_rank: int | None = None  # of the policy's adapter; None: whole weights are synced
     scratch: Path | None = None  # where adapters lie on their way to the engine; None: the temporary folder
+    tokenizer: str = ""  # hub id or folder, for engines in other processes
+    note: Callable[[str], None] = lambda text: None  # tell the person who watches the run
+
+    @property
+    def rank(self) -> int:
+        """Of this process among the trainer's."""
+        import torch.distributed as dist
+
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    def shared(self, item: Any) -> Any:
+        """Rank 0's `item`, on every rank."""
+        import torch.distributed as dist
+
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     @classmethod
-    def of(cls, cfg: Any, source: ModelSource, tokenizer: Any, *, max_sequences: int, roles: nn.Module) -> Context:
+    def of(
+        cls,
+        cfg: Any,
+        source: ModelSource,
+        tokenizer: Any,
+        *,
+        max_sequences: int,
+        roles: nn.Module,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Context:
         """The context of a stage's config."""
         return cls(
             base=source.base,
@@ -128,6 +161,8 @@ class Context:
             trust_remote_code=cfg.model.trust_remote_code,
             roles=roles,
             adapter_rank=getattr(getattr(cfg, "finetune", None), "rank", None),
+            tokenizer=source.tokenizer,
+            note=note,
             scratch=cfg.run_dir if cfg.run_dir.is_dir() else None,
         )
 

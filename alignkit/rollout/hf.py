@@ -26,6 +26,8 @@ class HF(Sampling):
 class HFSampler:
     """Samples with the very weights that train, so there is nothing to sync and the gap is rounding."""
 
+    copies = 1
+
     def __init__(self, sampling: HF, context: Context) -> None:
         self.sampling, self.context, self.version, self.role = sampling, context, 0, "policy"
 

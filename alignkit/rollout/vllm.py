@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.rollout.base import Context, Sampling, pack_rollouts, stream_seeds
+from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
 from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 # Engines of this process. When one is collected, vLLM destroys the process group that the trainer still needs.
 _ENGINES: list[Any] = []
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
 @dataclass
@@ -44,6 +43,8 @@ class VLLM(Sampling):
 
 class VLLMSampler:
     """A started vLLM engine; see `Sampler`."""
+
+    copies = 1
 
     def __init__(self, config: VLLM, context: Context) -> None:
         import torch

