@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import signal
+import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
 from alignkit.finetune.lora import LoRA
 from alignkit.rollout import attest
+from alignkit.rollout.server import ServerSampler
 from alignkit.rollout.vllm import VLLM, VLLMSampler
 from alignkit.types import Payload
 
@@ -134,4 +139,46 @@ def disk_full() -> Iterator[None]:
         save(self, roles, folder)
 
     with patch.object(LoRA, "save", full):
+        yield
+
+
+@contextmanager
+def servers_fail() -> Iterator[None]:
+    """Server 1 hangs for a while in step 2; server 0 is killed in step 5; server 1 loses its engine process in step 8."""
+    generate = ServerSampler.generate
+
+    def troubled(self, prompts, group_size, seed, step, max_new_tokens=None):
+        if step == 2:
+            hang(self.replicas[1].process.pid, seconds=40)
+        if step == 5:
+            os.killpg(self.replicas[0].process.pid, signal.SIGKILL)
+        if step == 8:
+            subprocess.run(["pkill", "-KILL", "-P", str(self.replicas[1].process.pid)], check=True)
+        rollouts = generate(self, prompts, group_size, seed, step, max_new_tokens)
+        if step == 2:
+            hanging.join()
+        return rollouts
+
+    hanging = threading.Thread()
+
+    def hang(group, seconds):
+        nonlocal hanging
+        os.killpg(group, signal.SIGSTOP)
+        hanging = threading.Timer(seconds, os.killpg, (group, signal.SIGCONT))
+        hanging.start()
+
+    with patch.object(ServerSampler, "generate", troubled):
+        yield
+
+
+@contextmanager
+def last_server_killed() -> Iterator[None]:
+    generate = ServerSampler.generate
+
+    def killed(self, prompts, group_size, seed, step, max_new_tokens=None):
+        if step == 1:
+            os.killpg(self.replicas[0].process.pid, signal.SIGKILL)
+        return generate(self, prompts, group_size, seed, step, max_new_tokens)
+
+    with patch.object(ServerSampler, "generate", killed):
         yield

@@ -1,0 +1,67 @@
+"""PPO with two real vLLM servers that hang, die and lose their engine while it runs; slow, for each takes a minute to start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runs import metrics, run_many
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def served(tiny, rows, tmp_path_factory) -> tuple[Path, dict]:
+    """A run through three failures, and one that loses its only server: (folder, {name: error or None})."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "mine.py").write_text(
+        "def score(prompts, responses, meta):\n    return [float(len(r) % 7) for r in responses]\n"
+    )
+    common = [
+        f"runs_dir={folder}", f"data.path={rows}", "logger=none", "rollout=server", "rollout_batch_size=8",
+        "mini_batch_size=8", "micro_batch_size=4", "rollout.max_new_tokens=8", "optimizer.learning_rate=1e-2",
+        "~reward@rewards.reward_model", "+reward@rewards.mine=function", f"rewards.mine.target={folder / 'mine.py'}:score",
+        "algorithm.missing_eos=none", f"model.path={tiny}",
+    ]  # fmt: skip
+    jobs = {
+        "servers_fail": [
+            *common,
+            "run_name=servers_fail",
+            "steps=10",
+            "rollout.servers=2",
+            "rollout.request_timeout_s=20",
+        ],
+        "last_server_killed": [*common, "run_name=last_server_killed", "steps=3"],
+    }
+    return folder, run_many(jobs, folder)
+
+
+def notes(folder: Path, name: str) -> list[str]:
+    lines = (folder / name / "ppo" / "logs" / "progress.jsonl").read_text().splitlines()
+    return [event["text"] for event in map(json.loads, lines) if "text" in event]
+
+
+def test_a_run_outlives_its_servers(served):
+    folder, errors = served
+    assert errors["servers_fail"] is None, errors["servers_fail"]
+    rows = metrics(folder / "servers_fail" / "ppo")
+    assert [row["step"] for row in rows] == list(range(10))
+    for row in rows:
+        assert row["rollout/canary_gap_max"] < 1e-4 and row["rollout/logprob_gap_max"] < 1e-4
+        assert row["rollout/policy_version"] == row["step"] + 1
+    said = "\n".join(notes(folder, "servers_fail"))
+    assert "ReadTimeout" in said  # the hang of step 2
+    assert "rollout server 0 ended (code -9): starting it again" in said  # the kill of step 5
+    assert "status 500" in said or "RemoteProtocolError" in said or "ConnectError" in said  # the lost engine of step 8
+
+
+def test_the_last_server_takes_the_run_with_it_and_its_log_is_shown(served):
+    folder, errors = served
+    error = errors["last_server_killed"]
+    assert error is not None and "RunError" in error
+    assert "no rollout server is left of 1" in error or "a rollout request failed" in error
+    assert "the end of a" in error and "INFO" in error  # lines of vLLM's own log
+    assert len(metrics(folder / "last_server_killed" / "ppo")) == 1
+    assert not (folder / "last_server_killed" / "ppo" / "model").exists()
