@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"demo", "types"},
     "models": {"types", "algorithms.functional"},
     "engine": {"types"},
-    "batches": set(),
+    "batches": {"types"},
     "log": {"types"},
     "progress": {"types"},
     "demo": {"types"},
@@ -310,16 +310,17 @@ def test_every_option_of_every_group_composes_to_its_dataclass(group, name):
     where = "rewards.extra" if group == "reward" else group
     choice = f"+reward@rewards.extra={name}" if group == "reward" else f"{group}={name}"
     needed = [f"{where}.{f.name}=x" for f in fields(cls) if f.default is MISSING]
-    command = "sft" if group == "deepspeed" else "ppo"  # PPO takes zero1 and zero2 only
-    made = typed(command, choice, *needed)
+    command = "sft" if group == "deepspeed" else "ppo"  # PPO does not take zero3
+    groups = ["group_size=2"] if name in ("rloo", "grpo") else []
+    made = typed(command, choice, *needed, *groups)
     part = made.rewards["extra"] if group == "reward" else getattr(made, group)
     assert type(part) is cls and part.name == name
 
 
 def test_every_group_has_its_options():
     expected = {
-        "algorithm": {"ppo"},
-        "rollout": {"hf", "vllm"},
+        "algorithm": {"grpo", "ppo", "reinforce_pp", "rloo"},
+        "rollout": {"hf", "server", "vllm"},
         "reward": {"function", "reward_model", "vader"},
         "finetune": {"full", "lora"},
         "launcher": {"local"},

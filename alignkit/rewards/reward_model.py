@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
-from alignkit import batches, models
+from alignkit import models
 from alignkit.rewards.base import Context, Scorer
 from alignkit.types import Rollouts
 
@@ -29,6 +29,8 @@ class RewardModel:
         roles: list[nn.Module] = []
 
         def score(rollouts: Rollouts) -> Tensor:
+            from alignkit import batches  # imports torch
+
             if not roles:
                 assert context.resolve is not None and context.model is not None  # given by every stage that scores
                 roles.append(
