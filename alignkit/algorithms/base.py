@@ -117,6 +117,11 @@ class Surrogate:
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k2")
 
     @property
+    def reward_estimator(self) -> str:
+        """Of the KL in the reward; with the KL in the loss its weight there is 0."""
+        return self.estimator if self.kl_in == "reward" else "k1"
+
+    @property
     def policy_starts_at(self) -> int:
         """The first round in which the policy learns."""
         return 0
@@ -156,7 +161,7 @@ class Surrogate:
         """Rewards [B, Lr]: the score on the last token, minus coef * KL on every token."""
         from alignkit.algorithms import functional as F
 
-        return F.token_rewards(scores, old_logprobs, ref_logprobs, mask, coef, self.estimator)
+        return F.token_rewards(scores, old_logprobs, ref_logprobs, mask, coef, self.reward_estimator)
 
     def advantages(self, rewards: Tensor, values: Tensor | None, mask: Tensor, group_size: int) -> tuple:
         """(advantages [B, Lr], returns [B, Lr] or None) of token rewards [B, Lr]; the subclass's own."""

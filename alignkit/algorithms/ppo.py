@@ -51,7 +51,9 @@ class PPO(Surrogate):
     def token_rewards(self, scores: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, coef: float):
         from alignkit.algorithms import functional as F
 
-        rewards = F.token_rewards(scores, old_logprobs, ref_logprobs, mask, coef, self.estimator, self.score_slot)
+        rewards = F.token_rewards(
+            scores, old_logprobs, ref_logprobs, mask, coef, self.reward_estimator, self.score_slot
+        )
         return F.whiten(rewards, self.value_mask(mask), shift_mean=False) if self.whiten_rewards else rewards
 
     def advantages(self, rewards: Tensor, values: Tensor | None, mask: Tensor, group_size: int) -> tuple:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from alignkit import tokens
+from alignkit.rollout.base import Sampling
 from alignkit.types import PromptBatch, Rollouts, RunError
 
 TOKENS = 4  # sampled for each canary prompt
@@ -69,7 +70,10 @@ class Canary:
         return {"rollout/canary_gap_max": largest, "rollout/canary_gap": mean}
 
     def sample(self, sampler: Any) -> Rollouts:
-        return sampler.generate(self.prompts, sampler.copies, self.seed, -1, max_new_tokens=TOKENS)
+        """A few tokens a prompt by the policy's own law, whatever bias the run's sampling has, on every engine."""
+        law = sampler.sampling
+        plain = Sampling(law.temperature, min(TOKENS, law.max_new_tokens), law.stop_token_ids)
+        return sampler.generate(self.prompts, sampler.copies, self.seed, -1, plain)
 
     def score(self, roles: torch.nn.Module, rollouts: Rollouts, temperature: float | None = None) -> torch.Tensor:
         """The trainer's log-probs [N, TOKENS] of what the engine sampled."""

@@ -81,9 +81,9 @@ class Sampler(Protocol):
     """A started engine."""
 
     def generate(
-        self, prompts: PromptBatch, group_size: int, seed: int, step: int, max_new_tokens: int | None = None
+        self, prompts: PromptBatch, group_size: int, seed: int, step: int, law: Sampling | None = None
     ) -> Rollouts:
-        """`group_size` responses a prompt, siblings adjacent; of `max_new_tokens` slots, where the config's are too many."""
+        """`group_size` responses a prompt, siblings adjacent, by another law than the config's where one is given."""
 
     def sync_weights(self, payload: Payload, version: int) -> None:
         """Make the engine answer with the policy's present weights, called `version` from now on."""

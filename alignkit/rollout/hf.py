@@ -44,13 +44,13 @@ class HFSampler:
         self.context.roles = roles
 
     def generate(
-        self, prompts: PromptBatch, group_size: int, seed: int, step: int, max_new_tokens: int | None = None
+        self, prompts: PromptBatch, group_size: int, seed: int, step: int, law: Sampling | None = None
     ) -> Rollouts:
         import torch
 
         from alignkit.models import position_ids
 
-        roles, context, law = self.context.roles, self.context, self.sampling
+        roles, context, law = self.context.roles, self.context, law or self.sampling
         assert roles is not None  # every stage gives one
         roles.switch(self.role)
         hf = roles.model(self.role)
@@ -58,7 +58,7 @@ class HFSampler:
         mask = prompts.prompt_mask.repeat_interleave(group_size, 0).to(hf.device)
         streams = [torch.Generator(hf.device).manual_seed(s) for s in stream_seeds(prompts, group_size, seed, step)]
         stops = torch.tensor([context.eos_id, *(law.stop_token_ids or [])], device=hf.device)
-        slots = max_new_tokens or law.max_new_tokens
+        slots = law.max_new_tokens
         rows, done, cache = len(ids), torch.zeros(len(ids), dtype=torch.bool, device=hf.device), None
         tokens: list[list[int]] = [[] for _ in range(rows)]
         logprobs: list[list[float]] = [[] for _ in range(rows)]

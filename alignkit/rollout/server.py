@@ -228,16 +228,17 @@ class ServerSampler:
         return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
 
     def generate(
-        self, prompts: PromptBatch, group_size: int, seed: int, step: int, max_new_tokens: int | None = None
+        self, prompts: PromptBatch, group_size: int, seed: int, step: int, law: Sampling | None = None
     ) -> Rollouts:
-        law, slots = self.sampling, max_new_tokens or self.sampling.max_new_tokens
+        law = law or self.sampling
+        slots = law.max_new_tokens
         rows = zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
         texts = [row[mask].tolist() for row, mask in rows for _ in range(group_size)]
         seeds = stream_seeds(prompts, group_size, seed, step)
         bodies = [
             {
                 "model": self.adapter or "base", "prompt": ids, "max_tokens": slots, "temperature": law.temperature,
-                "top_p": law.top_p, "top_k": law.top_k, "min_tokens": min(law.min_tokens, slots), "seed": stream,
+                "top_p": law.top_p, "top_k": law.top_k, "min_tokens": law.min_tokens, "seed": stream,
                 "logprobs": 0, "return_token_ids": True, "ignore_eos": True,
                 "stop_token_ids": [self.context.eos_id, *(law.stop_token_ids or [])],
             }

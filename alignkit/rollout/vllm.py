@@ -141,11 +141,12 @@ class VLLMSampler:
         """Nothing to do: weights arrive by `sync_weights`."""
 
     def generate(
-        self, prompts: PromptBatch, group_size: int, seed: int, step: int, max_new_tokens: int | None = None
+        self, prompts: PromptBatch, group_size: int, seed: int, step: int, law: Sampling | None = None
     ) -> Rollouts:
         from vllm import SamplingParams
 
-        law, slots = self.sampling, max_new_tokens or self.sampling.max_new_tokens
+        law = law or self.sampling
+        slots = law.max_new_tokens
         rows = zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
         requests = [{"prompt_token_ids": row[mask].tolist()} for row, mask in rows for _ in range(group_size)]
         params = [
@@ -153,7 +154,7 @@ class VLLMSampler:
                 temperature=law.temperature,
                 top_p=law.top_p,
                 top_k=law.top_k,
-                min_tokens=min(law.min_tokens, slots),
+                min_tokens=law.min_tokens,
                 max_tokens=slots,
                 logprobs=0,
                 seed=stream,

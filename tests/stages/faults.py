@@ -147,14 +147,14 @@ def servers_fail() -> Iterator[None]:
     """Server 1 hangs for a while in step 2; server 0 is killed in step 5; server 1 loses its engine process in step 8."""
     generate = ServerSampler.generate
 
-    def troubled(self, prompts, group_size, seed, step, max_new_tokens=None):
+    def troubled(self, prompts, group_size, seed, step, law=None):
         if step == 2:
             hang(self.replicas[1].process.pid, seconds=40)
         if step == 5:
             os.killpg(self.replicas[0].process.pid, signal.SIGKILL)
         if step == 8:
             subprocess.run(["pkill", "-KILL", "-P", str(self.replicas[1].process.pid)], check=True)
-        rollouts = generate(self, prompts, group_size, seed, step, max_new_tokens)
+        rollouts = generate(self, prompts, group_size, seed, step, law)
         if step == 2:
             hanging.join()
         return rollouts
@@ -175,10 +175,10 @@ def servers_fail() -> Iterator[None]:
 def last_server_killed() -> Iterator[None]:
     generate = ServerSampler.generate
 
-    def killed(self, prompts, group_size, seed, step, max_new_tokens=None):
+    def killed(self, prompts, group_size, seed, step, law=None):
         if step == 1:
             os.killpg(self.replicas[0].process.pid, signal.SIGKILL)
-        return generate(self, prompts, group_size, seed, step, max_new_tokens)
+        return generate(self, prompts, group_size, seed, step, law)
 
     with patch.object(ServerSampler, "generate", killed):
         yield

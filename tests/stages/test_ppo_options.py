@@ -89,7 +89,7 @@ def flips(pipeline, rows, tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("flips")
     mine = folder / "mine.py"
-    mine.write_text("def score(prompts, responses, meta):\n    return [float(r.count('good')) for r in responses]\n")
+    mine.write_text("def score(prompts, responses, meta):\n    return [float(len(r) % 7) for r in responses]\n")
     base = [
         f"runs_dir={folder}", f"model.path={pipeline / 'sft'}", f"data.path={rows}", "logger=none", "rollout=hf",
         "rollout.max_new_tokens=8", "finetune.last_layers=2", "steps=2", "rollout_batch_size=8", "mini_batch_size=4",
