@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import alignkit
-from runs import metrics
+from jobs import metrics
 
 pytestmark = [
     pytest.mark.gpu,

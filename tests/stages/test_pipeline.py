@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from command import alignkit
+from jobs import STAGES, manifest, metrics
 from safetensors.torch import load_file
-
-from runs import STAGES, manifest, metrics
 
 
 def test_every_stage_is_done_and_its_manifest_says_from_what(pipeline, tiny):

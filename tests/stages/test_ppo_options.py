@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from jobs import metrics, run_many
 
 from alignkit import config
 from alignkit.cli import conf_dir
 from alignkit.types import InputError
-from runs import metrics, run_many
 
 # {name: overrides}, over the `base` below. "{rows}" and "{mine}" stand for the data file and a reward function of two words.
 FLIPS = {

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-
-from runs import metrics, run_many
+from jobs import metrics, run_many
 
 pytestmark = pytest.mark.slow
 

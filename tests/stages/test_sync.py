@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from jobs import metrics, run_many
 from tiny import tiny_model
-
-from runs import metrics, run_many
 
 # {fault: (payload, what the message says, steps that were logged before)}
 DRILLS = {
