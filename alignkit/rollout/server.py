@@ -31,6 +31,7 @@ class Server(Sampling):
     name: str = "server"
     urls: list[str] = field(default_factory=list)  # of servers that run already, as http://host:8000; []: start some
     servers: int = 1  # how many to start on this machine, where urls is empty
+    async_steps: int = 0  # 1: generate the next batch while this one trains; importance weights correct for the lag
     api_key_env: str = "ALIGNKIT_SERVER_KEY"  # the environment variable with the key of the servers in urls
     request_timeout_s: float = 300.0  # of one response
     retries: int = 2  # of one request, on another server where there is one
@@ -43,6 +44,8 @@ class Server(Sampling):
         super().check()
         if self.servers < 1:
             raise InputError(f"rollout.servers={self.servers}: expected 1 or more")
+        if self.async_steps not in (0, 1):
+            raise InputError(f"rollout.async_steps={self.async_steps}: expected 0 or 1")
         if self.retries < 0:
             raise InputError(f"rollout.retries={self.retries}: expected 0 or more")
         for name in ("request_timeout_s", "start_timeout_s"):
@@ -64,7 +67,7 @@ class Replica:
     url: str
     log: Path | None = None
     process: subprocess.Popen | None = None
-    loaded: str | None = None  # the adapter it answers with
+    loaded: set[str] = field(default_factory=set)  # the adapters it can answer with
 
     @property
     def dead(self) -> bool:
@@ -146,13 +149,13 @@ class ServerSampler:
         except httpx.HTTPError:
             return False
 
-    def alive(self) -> list[Replica]:
-        """The servers that hold the present adapter.
+    def alive(self, adapter: str | None) -> list[Replica]:
+        """The servers that hold this adapter.
 
         Raises:
             RunError: none is left; with the last lines of a log.
         """
-        found = [r for r in self.replicas if not r.dead and r.loaded == self.adapter]
+        found = [r for r in self.replicas if not r.dead and (adapter is None or adapter in r.loaded)]
         if not found:
             raise RunError(
                 f"no rollout server is left of {len(self.replicas)}; the end of a log:\n{self.replicas[0].last_words()}"
@@ -175,15 +178,14 @@ class ServerSampler:
     @property
     def copies(self) -> int:
         """How many engines answer: the canary is sampled on each."""
-        return len(self.alive())
+        return len(self.alive(self.adapter))
 
     def sync_weights(self, payload: Payload, version: int) -> None:
         """Write the adapter to the shared folder and load it on every server, under a name that is never used again."""
         if version <= self.version:
             raise RunError(f"weights of version {version} pushed over version {self.version}: versions only grow")
         assert payload.save_adapter is not None
-        folder, old = self.folder / f"version_{version}", self.adapter
-        folder = Path(self.context.shared(str(folder)))
+        folder = Path(self.context.shared(str(self.folder / f"version_{version}")))
         if self.context.rank == 0:
             try:
                 payload.save_adapter(folder)
@@ -191,25 +193,26 @@ class ServerSampler:
                 raise RunError(
                     f"sync: the adapter of version {version} cannot be written to {folder}: {error}"
                 ) from error
-        self.adapter, self.version = f"policy-{version}-{folder.parent.name}", version
+        name = f"policy-{version}-{folder.parent.name}"
         if self.context.rank == 0:
             self.revive()
             for replica in self.replicas:
                 if self.healthy(replica):
-                    self.load(replica, self.adapter, folder, old)
+                    self.load(replica, name, folder)
         loaded = self.context.shared([replica.loaded for replica in self.replicas])
         for replica, name in zip(self.replicas, loaded, strict=True):
             replica.loaded = name
-        self.alive()
-        if self.context.rank == 0 and old is not None:
-            shutil.rmtree(self.folder / f"version_{version - 1}", ignore_errors=True)
+        self.alive(name)
+        self.adapter, self.version = name, version
+        if self.context.rank == 0:
+            shutil.rmtree(self.folder / f"version_{version - 2}", ignore_errors=True)
 
-    def load(self, replica: Replica, name: str, folder: Path, old: str | None) -> None:
-        """Give one server the adapter, and take the one before away."""
+    def load(self, replica: Replica, name: str, folder: Path) -> None:
+        """Give one server the adapter; of those before, only the last stays, for what is being generated with it."""
         self.post(replica, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        if old is not None and replica.loaded == old:
+        for old in replica.loaded - {self.adapter}:
             self.post(replica, "/v1/unload_lora_adapter", {"lora_name": old})
-        replica.loaded = name
+        replica.loaded = replica.loaded & {self.adapter} | {name}
 
     def post(self, replica: Replica, path: str, body: dict) -> Any:
         """The answer of one server.
@@ -235,9 +238,10 @@ class ServerSampler:
         rows = zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
         texts = [row[mask].tolist() for row, mask in rows for _ in range(group_size)]
         seeds = stream_seeds(prompts, group_size, seed, step)
+        adapter, version = self.adapter, self.version  # a sync may come in between
         bodies = [
             {
-                "model": self.adapter or "base", "prompt": ids, "max_tokens": slots, "temperature": law.temperature,
+                "model": adapter or "base", "prompt": ids, "max_tokens": slots, "temperature": law.temperature,
                 "top_p": law.top_p, "top_k": law.top_k, "min_tokens": law.min_tokens, "seed": stream,
                 "logprobs": 0, "return_token_ids": True, "ignore_eos": True,
                 "stop_token_ids": [self.context.eos_id, *(law.stop_token_ids or [])],
@@ -248,7 +252,7 @@ class ServerSampler:
         tokens = [answer["token_ids"] for answer in answers]
         logprobs = [answer["logprobs"]["token_logprobs"] for answer in answers]
         finished = [answer["finish_reason"] == "stop" for answer in answers]
-        return pack_rollouts(prompts, group_size, tokens, logprobs, finished, self.context, self.version, slots)
+        return pack_rollouts(prompts, group_size, tokens, logprobs, finished, self.context, version, slots)
 
     def answer(self, number: int, body: dict) -> dict:
         """One response, from the server whose turn it is; from another after a failure.
@@ -258,7 +262,7 @@ class ServerSampler:
         """
         failures: list[str] = []
         for attempt in range(self.sampling.retries + 1):
-            servers = self.alive()
+            servers = self.alive(body["model"] if body["model"] != "base" else None)
             replica = servers[(number + attempt) % len(servers)]
             try:
                 return self.post(replica, "/v1/completions", body)["choices"][0]
@@ -316,7 +320,7 @@ def serve_command(config: Server, context: Context, port: int) -> list[str]:
         *("--max-num-seqs", str(min(context.max_sequences, 256)), "--generation-config", "vllm"),
         *("--max-num-batched-tokens", str(max(context.max_model_len, 4096)), "--no-enable-chunked-prefill"),
         *("--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", str(rank)),
-        *("--max-loras", "1", "--max-cpu-loras", "2"),
+        *("--max-loras", str(1 + config.async_steps), "--max-cpu-loras", "3"),
     ]
     if torch.cuda.is_available():
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from alignkit.rewards import base as rewards
 from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
 from alignkit.stages._ptx import PtxBatches
-from alignkit.types import Experience, Loss, Metrics, Rollouts, ScoredRollouts
+from alignkit.types import Experience, Loss, Metrics, Rollouts, RunError, ScoredRollouts
 
 
 def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -69,20 +70,31 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     shuffle = torch.Generator().manual_seed(cfg.seed)
     roles.eval()
 
-    clock = Clock()
+    clock, background = Clock(), ThreadPoolExecutor(1)
+    ahead: list[Future[Rollouts]] = []
+    lag = getattr(cfg.rollout, "async_steps", 0)  # how many versions old rollouts may be
+
+    def generate(step: int) -> Rollouts:
+        drawn = order.next(cfg.rollout_batch_size // cfg.group_size)  # by all ranks
+        again = [drawn[:i].count(prompt) for i, prompt in enumerate(drawn)]  # a prompt drawn twice: other answers
+        mine = slice(world.rank, None, world.size)
+        chosen = [prompts[i] | {"draw": n} for i, n in zip(drawn[mine], again[mine], strict=True)]
+        batch = tokens.collate_prompts(chosen, tokenizer.pad_token_id)
+        return sampler.generate(batch, cfg.group_size, cfg.seed, step)
+
     with log.progress("PPO", cfg.steps) as bar:
         for step in range(cfg.steps):
-            # 4. Generate: this rank answers its share of the step's prompts.
+            # 4. Generate: this rank answers its share of the step's prompts (or did so while the last batch trained).
             with clock("generate"):
-                drawn = order.next(cfg.rollout_batch_size // cfg.group_size)  # by all ranks
-                again = [
-                    drawn[:i].count(prompt) for i, prompt in enumerate(drawn)
-                ]  # a prompt drawn twice: other answers
-                mine = slice(world.rank, None, world.size)
-                chosen = [prompts[i] | {"draw": n} for i, n in zip(drawn[mine], again[mine], strict=True)]
-                batch = tokens.collate_prompts(chosen, tokenizer.pad_token_id)
-                rollouts = sampler.generate(batch, cfg.group_size, cfg.seed, step)
+                rollouts = ahead.pop(0).result() if ahead else generate(step)
+                if version - rollouts.policy_version > lag:
+                    raise RunError(
+                        f"rollouts of policy version {rollouts.policy_version} at version {version}: "
+                        f"rollout.async_steps={lag} allows no such lag"
+                    )
                 rollouts = batches.move(rollouts, world.device)
+            if lag and step + 1 < cfg.steps:
+                ahead.append(background.submit(generate, step + 1))
 
             # 5. Log-probs of policy and reference, values, the reward model's scores: one pass, by the code that trains.
             with clock("forward"):

@@ -32,6 +32,7 @@ def served(tiny, rows, tmp_path_factory) -> tuple[Path, dict]:
             "rollout.servers=2",
             "rollout.request_timeout_s=20",
         ],
+        "overlap": [*common, "run_name=overlap", "steps=6", "rollout.async_steps=1"],
         "last_server_killed": [*common, "run_name=last_server_killed", "steps=3"],
     }
     return folder, run_many(jobs, folder)
@@ -54,6 +55,16 @@ def test_a_run_outlives_its_servers(served):
     assert "ReadTimeout" in said  # the hang of step 2
     assert "rollout server 0 ended (code -9): starting it again" in said  # the kill of step 5
     assert "status 500" in said or "RemoteProtocolError" in said or "ConnectError" in said  # the lost engine of step 8
+
+
+def test_overlap_generates_a_step_ahead_and_is_corrected(served):
+    """Rollouts are one version old from the second step on, and the importance weights say so."""
+    folder, errors = served
+    assert errors["overlap"] is None, errors["overlap"]
+    rows = metrics(folder / "overlap" / "ppo")
+    assert [row["rollout/policy_version"] for row in rows] == [1, 1, 2, 3, 4, 5]
+    assert rows[0]["rollout/logprob_gap"] < 1e-5 < 1e-3 < rows[2]["rollout/logprob_gap"]
+    assert all(row["rollout/canary_gap_max"] < 1e-4 for row in rows)
 
 
 def test_the_last_server_takes_the_run_with_it_and_its_log_is_shown(served):
