@@ -1,0 +1,95 @@
+"""What SFT counts: the completion and its end token, with noise on the embeddings only while it trains."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from command import alignkit
+from tiny import tiny_tokenizer
+
+from alignkit import artifacts, models, tokens
+from alignkit.algorithms import functional as F
+from alignkit.rollout.base import Context
+from alignkit.rollout.hf import HF
+
+CASE = json.loads((Path(__file__).parent / "data" / "sft_masked_ce.json").read_text())
+
+
+def test_38_masked_cross_entropy_matches_the_closed_form():
+    """The label at t is scored by the logits at t - 1; a completion mask marks completion tokens."""
+    logits = torch.tensor(CASE["inputs"]["logits"], dtype=torch.float64)
+    ids = torch.tensor(CASE["inputs"]["input_ids"])
+    completion, valid = (torch.tensor(CASE["inputs"][name]).bool()[:, 1:] for name in ("completion_mask", "attention_mask"))
+    nll = -F.response_logprobs(logits[:, :-1], ids[:, 1:])
+    assert float(F.masked_mean(nll, completion)) == pytest.approx(CASE["value"]["completion_token_mean"], abs=1e-9)
+    assert float(F.masked_mean(nll, valid)) == pytest.approx(CASE["value"]["full_token_mean"], abs=1e-9)
+    total, count = nll.masked_fill(~completion, 0).sum(1), completion.sum(1)
+    of_examples = F.aggregate(total, count, "sequence_mean_token_mean")
+    assert float(of_examples) == pytest.approx(CASE["value"]["completion_mean_of_example_means"], abs=1e-9)
+
+
+def test_38_trl_trains_on_the_completion_and_its_eos_only(tmp_path):
+    """Through TRL's own collator: labels are the ids of the completion, the end token among them, and -100 elsewhere."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    tokenizer = tiny_tokenizer(tmp_path)
+    rows = [{"prompt": "hello", "completion": "a good day"}, {"prompt": "yes or no", "completion": "no"}]
+    dataset, _ = tokens.sft_dataset(rows, tokenizer, 64)
+    batch = DataCollatorForLanguageModeling(tokenizer.pad_token_id, completion_only_loss=True)(list(dataset))
+    for row, source, ids in zip(rows, batch["labels"], batch["input_ids"], strict=True):
+        counted = source[source != -100].tolist()
+        assert counted == [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
+        assert torch.equal(ids[source != -100], source[source != -100])
+
+
+@pytest.mark.parametrize("alpha", [5.0, 15.0])
+def test_39_neftune_noise_is_bounded_and_gone_in_evaluation(alpha):
+    """transformers' hook, which `neftune_noise_alpha` turns on: uniform within alpha / sqrt(L d), in training only."""
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    length, width = 37, 64
+    embedding = torch.nn.Embedding(50, width)
+    embedding.neftune_noise_alpha = alpha
+    before = embedding.weight.detach().clone()
+    handle = embedding.register_forward_hook(neftune_post_forward_hook)
+    ids = torch.randint(0, 50, (8, length))
+    noise = (embedding.train()(ids) - embedding.weight[ids]).abs()
+    bound = alpha / math.sqrt(length * width)
+    assert 0.99 * bound < float(noise.max()) <= bound * (1 + 1e-6)
+    assert torch.equal(embedding.eval()(ids), embedding.weight[ids])
+    handle.remove()
+    assert torch.equal(embedding.train()(ids), embedding.weight[ids]) and torch.equal(embedding.weight, before)
+
+
+def test_26_the_end_is_learned(tiny, tmp_path):
+    """200 steps on completions of a word: the model ends at least 95 % of its answers by itself, and it did not before."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"Say {w} {i}", "completion": w}) + "\n" for i in range(40) for w in ("yes", "no")
+        )
+    )
+    result = alignkit(
+        "sft", "run_name=ends", f"runs_dir={tmp_path}", f"model.path={tiny}", f"data.path={path}", "logger=none",
+        "finetune=full", "max_steps=200", "mini_batch_size=8", "micro_batch_size=8", "optimizer.learning_rate=3e-3",
+        "eval_fraction=0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert finished(str(tiny)) < 0.5
+    assert finished(str(tmp_path / "ends" / "sft")) >= 0.95
+
+
+def finished(path: str) -> float:
+    """The share of 64 sampled answers that end within 12 tokens."""
+    source = artifacts.resolve_model(path)
+    tokenizer = tokens.load_tokenizer(source.tokenizer)
+    roles = models.single_role(models.load_policy(source, models.Model(path=path), len(tokenizer))).eval()
+    rows = [{"ids": tokens.encode_prompt(tokenizer, f"Say yes {i}"), "index": i, "meta": {}} for i in range(64)]
+    context = Context(source.base, "float32", 0, 64, tokenizer.eos_token_id, tokenizer.pad_token_id, 64, roles=roles)
+    sampler = HF(max_new_tokens=12).start(context)
+    rollouts = sampler.generate(tokens.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, 0)
+    return float(rollouts.finished.float().mean())
