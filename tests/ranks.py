@@ -22,7 +22,7 @@ ROWS, ROUNDS, RATE = 8, 3, 0.3
 CLIPS = {"policy": 0.0, "critic": 0.05}  # so the critic's gradient is clipped, and the policy's is not
 DTYPES = {0: torch.float64, 1: torch.float32, 2: torch.float32}  # of a ZeRO stage; 1 and 2 reduce and step in float32
 CONFIG = make_config(
-    PPO(ent_coef=0.1, adaptive_kl_target=1.0, adaptive_kl_horizon=100.0, normalize_scores=True), micro=2
+    PPO(ent_coef=0.1, adaptive_kl_target=0.5, adaptive_kl_horizon=100.0, normalize_scores=True), micro=2
 )
 
 

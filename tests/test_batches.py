@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 from alignkit import batches
 from alignkit.types import Experience, Rollouts, ScoredRollouts
 
-PROMPTS, LENGTHS, LP, LR = [3, 1, 4, 2], [2, 5, 1, 3], 4, 5
+# Rows of 5, 7, 6 and 3 tokens: sorting them is not its own inverse.
+PROMPTS, LENGTHS, LP, LR = [3, 2, 4, 2], [2, 5, 2, 1], 4, 5
 
 
 def rollouts() -> Rollouts:
-    """Row b's prompt is 100 b + 1, 2, …, its response 100 b + 51, 52, …; prompts padded on the left, responses right."""
+    """Row b's prompt is 100 b + 1, 2, … padded on the left, its response 100 b + 51, 52, … padded on the right."""
     prompt_mask = torch.arange(LP) >= LP - torch.tensor(PROMPTS)[:, None]
     mask = torch.arange(LR) < torch.tensor(LENGTHS)[:, None]
     row = 100 * torch.arange(4)[:, None]
     return Rollouts(
         (row + prompt_mask.cumsum(1)) * prompt_mask, prompt_mask, (row + 50 + mask.cumsum(1)) * mask, mask,
-        -(row + mask.cumsum(1)).float() * mask, torch.tensor([True, False, True, True]), [{"row": i} for i in range(4)], 3,
+        -(row + mask.cumsum(1)).float() * mask, torch.tensor([True, False, True, True]),
+        [{"row": i} for i in range(4)], 3,
     )  # fmt: skip
 
 
@@ -122,7 +124,7 @@ def test_a_window_holds_all_tokens_and_no_more(behind):
 @pytest.mark.parametrize("behind", [0, 1])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_results_come_back_in_order(size, behind):
-    """A forward that sees each row alone, and says what it saw: ids, response tokens, a state a slot, one number, None."""
+    """A forward that sees each row alone, and tells ids, response tokens, a state a slot, one number, None."""
     rows = rollouts().flush_left()
     shapes = []
 

@@ -554,6 +554,8 @@ def test_33_only_a_chunk_of_logits_is_upcast(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "log_softmax", lambda x, dim: seen.append(x.numel()) or log_softmax(x, dim))
     F.entropy(torch.zeros(2, 8, 50, dtype=torch.bfloat16))
     assert seen == [2 * 2 * 50] * 4
+    F.entropy(torch.zeros(2, 8, 50, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert seen == [2 * 2 * 50] * 12  # backward makes each anew: none was kept
 
 
 # ------------------------------------------------------------------------------ 25-28: from a response to its rewards

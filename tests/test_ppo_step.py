@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nets import (
     ONE,
     STYLES,
@@ -28,6 +30,7 @@ from nets import (
 )
 from tiny import tiny_tokenizer
 
+from alignkit import batches
 from alignkit.algorithms import functional as F
 from alignkit.algorithms.grpo import GRPO
 from alignkit.algorithms.ppo import PPO
@@ -60,24 +63,17 @@ def one_thread():
 
 def stretched(experience, more: int = 3):
     """The same experience in longer rows, with rubbish wherever a mask is off."""
-    g, long = generator(3), {}
-    for name, x in vars(experience).items():
-        if not isinstance(x, torch.Tensor) or name == "starts":
-            continue
-        x = torch.cat([x, torch.zeros(len(x), more).to(x.dtype)], 1)
-        if name == "ids" or x.dtype == torch.bool:
-            long[name] = x
-        else:
-            valid = torch.nn.functional.pad(experience.value_mask | experience.response_mask, (0, more))
-            long[name] = x.masked_fill(~valid, 1e30)
-    long["ids"] = torch.where(long["mask"], long["ids"], torch.randint(VOCAB, long["ids"].shape, generator=g))
-    return replace(experience, **long)
+    tensors = {n: x for n, x in vars(experience).items() if isinstance(x, torch.Tensor) and n != "starts"}
+    long = {n: torch.nn.functional.pad(x, (0, more)) for n, x in tensors.items()}
+    valid = long["value_mask"] | long["response_mask"]
+    long |= {n: x.masked_fill(~valid, 1e30) for n, x in long.items() if x.is_floating_point()}
+    rubbish = torch.randint(VOCAB, long["ids"].shape, generator=generator(3))
+    return replace(experience, **long | {"ids": torch.where(long["mask"], long["ids"], rubbish)})
 
 
-def three_steps(folder, algorithm, change=lambda x: x, micro=4, critic=None, group_size=1, dtype=torch.float64):
+def three_steps(folder, algorithm, change=lambda x: x, micro=4, critic="separate", group_size=1):
     """(metrics of three optimizer steps, weights before, weights after, forwards of the policy)."""
-    critic = Critic("auto" if critic is None else critic, head="random") if algorithm.needs_critic else None
-    roles = full_roles(folder, critic, dtype=dtype)
+    roles = full_roles(folder, Critic(critic, head="random") if algorithm.needs_critic else None)
     experience = make_experience(make_config(algorithm, ROWS), roles, make_rollouts(ROWS), group_size)
     before, engines, cfg = weights(roles), torch_engines(roles), make_config(algorithm, micro)
     metrics = [stage.optimize(cfg, roles, engines, change(experience), ONE) for _ in range(3)]
@@ -120,7 +116,7 @@ def test_11_the_loss_is_that_of_the_whole_batch(folders):
     algorithm = PPO(ent_coef=0.1, vf_coef=0.5)
     x = make_experience(make_config(algorithm, ROWS), roles, make_rollouts(ROWS))
     engines = torch_engines(roles)
-    stage.optimize(make_config(algorithm, 3), roles, {r: e for r, e in engines.items()}, x, ONE)
+    metrics, _ = stage.optimize(make_config(algorithm, 3), roles, engines, x, ONE)
 
     fresh = full_roles(folders["gpt2"], Critic(head="random"))
     hf, m = fresh.model("policy"), x.response_mask
@@ -139,6 +135,8 @@ def test_11_the_loss_is_that_of_the_whole_batch(folders):
     near = x.values + (values - x.values).clamp(-0.2, 0.2)
     errors = torch.maximum((values - x.returns) ** 2, (near - x.returns) ** 2)
     (-(surrogate + 0.1 * entropy)[m].mean() + 0.5 * 0.5 * errors[m].mean()).backward()
+    assert metrics["policy/ratio_max"] == pytest.approx(ratio[m].max().item(), abs=1e-10)
+    assert metrics["policy/ratio_gap_max"] == pytest.approx((ratio - 1)[m].abs().max().item(), abs=1e-10)
     for role, engine in engines.items():
         expected = [p.grad for p in Full().parameters(fresh, role) if p.grad is not None]
         assert sum(g.abs().sum() for g in expected) > 1
@@ -343,16 +341,31 @@ def test_47_after_an_early_stop_nothing_moves_and_nothing_is_left_over(folders):
     for discarded in (True, False):
         roles = full_roles(folders["gpt2"], Critic(head="random"))
         engines = torch_engines(roles, rate=0.5)
-        stop = PPO(target_kl=1e-12, ppo_epochs=2)
-        if discarded:  # the first step is taken at KL 0, the second is not
+        stop = PPO(target_kl=1e-12, ppo_epochs=3)
+        if discarded:  # the first step is taken at KL 0, the second is not, and a third not tried
             numbers = stage.update(
                 make_config(stop, 4, ROWS), roles, engines, first, ONE, generator(0), ["policy", "critic"]
             )
             assert numbers["update/early_stop"] == 1 and numbers["update/steps"] == 1
             assert [len(engine.gradients) for engine in engines.values()] == [1, 1]
+            assert [sum(map(len, engine.forwards)) for engine in engines.values()] == [12, 12]
         else:
             stage.optimize(make_config(stop, 4), roles, engines, first, ONE)
         assert distance(weights(roles), weights(full_roles(folders["gpt2"], Critic(head="random")))) > 1e-4
         stage.optimize(make_config(PPO(), 4), roles, engines, second, ONE)
         after[discarded] = weights(roles)
     assert distance(after[True], after[False]) == 0
+
+
+# ------------------------------------------------------------------------------------- micro-batches of all the ranks
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 20), st.integers(1, 70))
+def test_11_there_are_as_many_micro_batches_as_asked_for(lengths, micro, parts):
+    """Where there are rows enough: every row once, none too large, and halved no more than needed."""
+    lengths, parts = torch.tensor(lengths), min(parts, len(lengths))
+    groups = [group.tolist() for group in batches.by_length(lengths, micro, parts)]
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert all(1 <= len(group) <= micro for group in groups)
+    assert len(groups) == max(parts, len(batches.by_length(lengths, micro)))

@@ -18,8 +18,8 @@ from nets import ONE, distance, make_rollouts, play, save_model, torch_engines, 
 from ranks import CLIPS, CONFIG, DTYPES, RATE, ROUNDS, ROWS, new_roles
 
 # ZeRO 1 and 2 keep float32 master weights and reduce in float32: whatever the module's dtype, every step rounds weights
-# of up to 2 to multiples of 1.2e-7, and the sum over ranks rounds differently than a single rank's. A wrong divisor
-# shows at 1e-3 (see the last test).
+# of up to 2 to multiples of 1.2e-7, and the sum over ranks rounds differently than a single rank's. The weights move
+# by 1e-2 and more, so that a wrong divisor is far outside.
 BOUNDS = {0: 1e-10, 1: 5e-7, 2: 5e-7}
 
 
@@ -95,7 +95,7 @@ def test_16_kl_coefficient_and_running_moments_do_not_depend_on_ranks(one, two, 
     assert two[zero]["scores"] == one[zero]["scores"]
     assert two[zero]["kl"][0] == one[zero]["kl"][0]
     assert two[zero]["kl"] == pytest.approx(one[zero]["kl"], abs=1e-8 if zero else 1e-14)
-    assert len({*one[zero]["kl"], 0.05, 0.05 * 0.984, 0.05 * 1.016}) == 3 + ROUNDS  # it moves, and not to its limits
+    assert 1e-3 < abs(one[zero]["kl"][0] / 0.05 - 1) < 0.99 * 0.2 * ROWS / 100  # it moves, and not to its limit
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -110,7 +110,6 @@ def test_12_deepspeed_does_what_torch_does(one, two, plain, model, zero, world):
     assert distance(*policy[:2]) > 1e-2
     assert distance(*policy[1:]) <= max(BOUNDS[zero], 1e-8)
     assert distance(ours["weights"], theirs["weights"]) <= max(BOUNDS[zero], 1e-7)
-    assert ours["rates"] == theirs["rates"]
     for one_round, other in zip(ours["metrics"], theirs["metrics"], strict=True):
         for role in ("policy", "critic"):
             assert one_round[f"{role}/grad_norm"] == pytest.approx(other[f"{role}/grad_norm"], abs=1e-5)

@@ -40,7 +40,7 @@ def served(tiny, rows, tmp_path_factory) -> tuple[Path, dict]:
 
 def notes(folder: Path, name: str) -> list[str]:
     lines = (folder / name / "ppo" / "logs" / "progress.jsonl").read_text().splitlines()
-    return [event["text"] for event in map(json.loads, lines) if "text" in event]
+    return [event["note"] for event in map(json.loads, lines) if "note" in event]
 
 
 def test_a_run_outlives_its_servers(served):
