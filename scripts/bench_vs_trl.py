@@ -73,9 +73,10 @@ def make_env(folder: Path) -> str:
     python = folder / "bin" / "python"
     if not (folder / "done").exists():
         print(f"making {folder}, once", flush=True)
-        subprocess.run(["uv", "venv", "-q", "-p", "3.11", str(folder)], check=True)
-        lines = ["bash", "-c", 'source scripts/_env.sh; tell_uv; "$@"', "-"]
-        subprocess.run([*lines, "uv", "pip", "install", "-q", "-p", str(python), *PEER], check=True, cwd=HERE.parent)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        install = [str(Path(sys.executable).parent / "uv"), "pip", "install", "-q", "-p", str(python), *PEER]
+        told = ["bash", "-c", 'source scripts/_env.sh; tell_uv; exec "$@"', "scripts/quickstart.sh"]
+        subprocess.run([*told, *install], check=True, cwd=HERE.parent)
         (folder / "done").touch()
     return str(python)
 
