@@ -47,9 +47,15 @@ config = PPOConfig(
     num_sample_generations=0, save_strategy="no", report_to=[], use_cpu=True, stop_token="eos", missing_eos_penalty=1.0,
     bf16=False, disable_tqdm=True, logging_strategy="no",
 )  # fmt: skip
+blocks, last = policy.config.num_hidden_layers, settings["last_layers"]
+lora = LoraConfig(
+    r=settings["rank"], lora_alpha=2 * settings["rank"], task_type="CAUSAL_LM",
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    layers_to_transform=list(range(blocks - last, blocks)) if last else None,
+)  # fmt: skip
 trainer = PPOTrainer(
     config, tokenizer, policy, None, reward, Dataset.from_list(rows), value, eval_dataset=Dataset.from_list(rows[:4]),
-    peft_config=LoraConfig(r=settings["rank"], lora_alpha=2 * settings["rank"], target_modules="all-linear", task_type="CAUSAL_LM"),
+    peft_config=lora,
     callbacks=[Stamp()],
 )  # fmt: skip
 trainer.train()

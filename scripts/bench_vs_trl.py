@@ -3,10 +3,11 @@
 
     scripts/bench_vs_trl.py [--pairs 2] [--updates 4] [--env .venv-trl]
 
-The same SmolLM2-135M, prompts, batch, response length, epochs, minibatches, threads and dtype (float32); the policy has a
-LoRA adapter of the same rank on all linear layers in both. Every response has the full length in both. TRL's value and
-reward models are whole models of their own, and its value model trains in full: it has no adapters for them. The peer's
-environment is made on the first call. The last line is one JSON object.
+The same SmolLM2-135M, prompts, batch, response length, epochs, minibatches, threads and dtype (float32); the policy has the
+same LoRA adapter in both: rank 8 on the linear layers of the last six blocks, as in the quickstart (`--last-layers 0`: of
+all). Every response has the full length in both. TRL's value and reward models are whole models of their own, and its value
+model trains in full: it has no adapters for them. The peer's environment is made on the first call. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4, help="of a run; the first warms up")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=24, help="of every response")
+    parser.add_argument("--last-layers", type=int, default=6, help="adapted blocks; 0: all")
     parser.add_argument("--env", type=Path, default=HERE.parent / ".venv-trl", help="the peer's environment")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -93,6 +95,7 @@ def write_settings(folder: Path, args: argparse.Namespace) -> Path:
     settings = {
         "base": source.base, "prompts": [p["ids"] for p in prompts[: args.batch * args.updates]], "batch": args.batch,
         "updates": args.updates, "tokens": args.tokens, "epochs": 2, "minibatches": 2, "rank": 8, "temperature": 0.8,
+        "last_layers": args.last_layers,
         "out": str(folder / "out"),
     }  # fmt: skip
     path.write_text(json.dumps(settings))
@@ -124,7 +127,7 @@ def ours(settings: dict) -> dict:
     batch = settings["batch"]
     cfg = bench_ppo.compose(
         [
-            "finetune.last_layers=null", f"finetune.rank={settings['rank']}", f"finetune.alpha={2 * settings['rank']}",
+            f"finetune.last_layers={settings['last_layers'] or 'null'}", f"finetune.rank={settings['rank']}", f"finetune.alpha={2 * settings['rank']}",
             f"rollout_batch_size={batch}", f"mini_batch_size={batch // settings['minibatches']}",
             f"micro_batch_size={batch // settings['minibatches']}", f"algorithm.ppo_epochs={settings['epochs']}",
             f"rollout.max_new_tokens={settings['tokens']}", f"rollout.min_tokens={settings['tokens']}",
