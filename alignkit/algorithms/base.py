@@ -191,9 +191,8 @@ class Surrogate:
         rollouts = scored.rollouts
         mask = rollouts.response_mask
         scores = self.shape_scores(scored, state)
-        rewards = self.token_rewards(
-            scores, old_logprobs, ref_logprobs, mask, state.kl.value if self.kl_in == "reward" else 0.0
-        )
+        in_reward = state.kl.value if self.kl_in == "reward" else 0.0
+        rewards = self.token_rewards(scores, old_logprobs, ref_logprobs, mask, in_reward)
         value_mask = self.value_mask(mask)
         advantages, returns = self.advantages(rewards, values, value_mask, group_size)
         kl_coef = state.kl.value if self.kl_in == "loss" else 0.0
@@ -228,7 +227,9 @@ class Surrogate:
             weights=weights,
             kl_coef=kl_coef,
         )
-        return experience, experience_metrics(scored, scores, experience)
+        penalty = in_reward * F.kl_estimate(old_logprobs, ref_logprobs, self.reward_estimator).masked_fill(~mask, 0)
+        metrics = experience_metrics(scored, scores, experience)
+        return experience, metrics | {"objective/non_score_reward": (-float(penalty.sum()), len(mask))}
 
     def policy_loss(self, batch: Experience, logprobs: Tensor, entropy: Tensor | None) -> Loss:
         """Clipped surrogate, minus the entropy bonus, plus the KL where it is in the loss; summed, not divided.
@@ -287,7 +288,6 @@ def experience_metrics(scored: ScoredRollouts, scores: Tensor, experience: Exper
         "objective/score_std": (float(scores.std(correction=0)), 1),
         "objective/kl": (float(kl.sum()), rows),
         "objective/kl_per_token": (float(kl.sum()), tokens),
-        "objective/non_score_reward": (float(experience.rewards.sum() - scores.sum()), rows),
         "rollout/length": (tokens, rows),
         "rollout/finished": (float(rollouts.finished.sum()), rows),
         "rollout/logprob_gap": (float(gap.sum()), tokens),
