@@ -6,7 +6,8 @@
     scripts/bench_ppo.py --llama-1b model.dtype=bfloat16 rollout=hf finetune.last_layers=null
                                                             a randomly initialised Llama of 1.2B parameters (for a GPU)
 
-The bare run sends the same micro-batches through the same module: forward, backward of the sum, nothing else. Rounds of
+The bare run sends the same micro-batches through the same module (a second one, which DeepSpeed does not know): forward,
+backward of the sum, nothing else. Rounds of
 the two alternate, so that both meet the same machine. The last line is one JSON object; `update_vs_bare` is the speed of
 the update as a fraction of the bare one, `mfu` the share of --peak-tflops that the update's matrix products reach.
 """
@@ -51,7 +52,7 @@ def main() -> None:
     cfg = compose(args.overrides, args.llama_1b)
     world = one_process()
     parts = build(cfg, world)
-    roles, engines, sampler, score, batch = parts
+    roles, bare_roles, engines, sampler, score, batch = parts
     state, shuffle = cfg.algorithm.start(), torch.Generator().manual_seed(0)
     clock, updates, bare, padding = Clock(), [], [], []
     for number in range(args.rounds + 1):  # the first one warms up
@@ -65,7 +66,7 @@ def main() -> None:
             scored, seen["policy"], seen["ref_policy"], seen.get("critic"), state, cfg.group_size
         )
         experience.shared_states = seen.get("shared_states")
-        bare_seconds = timed(lambda e=experience: run_bare(cfg, roles, e, world))
+        bare_seconds = timed(lambda e=experience: run_bare(cfg, bare_roles, e, world))
         with clock("update"):
             started = time.perf_counter()
             metrics = ppo.update(cfg, roles, engines, experience, world, shuffle, list(engines))
@@ -158,6 +159,7 @@ def build(cfg: config.PPO, world: World) -> tuple:
     batch = tokens.collate_prompts(drawn, tokenizer.pad_token_id)
     critic = cfg.critic if cfg.algorithm.needs_critic else None
     roles = cfg.finetune.roles(cfg.model, source, None, len(tokenizer), critic, cfg.seed).to(world.device).eval()
+    bare_roles = cfg.finetune.roles(cfg.model, source, None, len(tokenizer), critic, cfg.seed).to(world.device).eval()
     engines = {
         role: Engine(
             roles, parameters, optimizer, cfg.deepspeed, world,
@@ -171,7 +173,7 @@ def build(cfg: config.PPO, world: World) -> tuple:
     )
     sampler.sync_weights(cfg.finetune.payload(roles), 1)
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
-    return roles, engines, sampler, score, batch
+    return roles, bare_roles, engines, sampler, score, batch
 
 
 def run_bare(cfg: config.PPO, roles: torch.nn.Module, experience, world: World) -> None:

@@ -28,7 +28,7 @@ from alignkit.stages import ppo
 from alignkit.types import Rollouts, ScoredRollouts
 
 SETTINGS = [
-    "finetune.last_layers=null", "rollout=hf", "rollout_batch_size=8", "mini_batch_size=8", "micro_batch_size=2",
+    "finetune.last_layers=null", "rollout=hf", "rollout_batch_size=8", "mini_batch_size=8", "micro_batch_size=1",
     "algorithm.ppo_epochs=3", "keep_shared_states=false",
 ]  # fmt: skip
 

@@ -255,20 +255,17 @@ def optimize(
         inputs = (part.ids, part.mask, part.starts, slots)
         lower = roles.shared(part.ids, part.mask) if part.shared_states is None else part.shared_states
         losses: dict[str, Loss] = {}
-        values = None
         if "policy" in engines:
             logprobs, entropy, values = engines["policy"]("policy", *inputs, temperature, algorithm.ent_coef > 0, lower)
             losses["policy"] = algorithm.policy_loss(part, logprobs, entropy)
             gap = ((logprobs.detach() - part.old_logprobs).exp() - 1).abs()[part.response_mask]
             losses["policy"].metrics["policy/ratio_gap_max"] = (gap.max() if len(gap) else gap.sum(), 1)
+            if values is not None:  # a critic on the policy's trunk: one gradient for both
+                losses["critic"] = algorithm.critic_loss(part, values)
+            engines["policy"].backward([(loss, counts[role]) for role, loss in losses.items()], last and not extra)
         if "critic" in engines:
             losses["critic"] = algorithm.critic_loss(part, engines["critic"]("critic", *inputs, lower=lower))
             engines["critic"].backward([(losses["critic"], counts["critic"])], last)
-        elif values is not None:  # on the policy's trunk: one loss for both
-            losses["critic"] = algorithm.critic_loss(part, values)
-        if "policy" in engines:
-            own = [(losses[role], counts[role]) for role in losses if role == "policy" or "critic" not in engines]
-            engines["policy"].backward(own, last and not extra)
         for loss in losses.values():
             collect(sums, loss.metrics)
     for number, (inputs, loss_of, count) in enumerate(extra):
