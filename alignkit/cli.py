@@ -179,6 +179,10 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
         fix = "choose another run_name=, or delete that folder"
         if cfg.resume and manifest["status"] == "done":
             raise InputError(f"{run_dir} is done, but with another config: {fix}")
+        if cfg.resume and not same and (run_dir / "checkpoints").is_dir():
+            raise InputError(
+                f"{run_dir} has checkpoints of another config, which this one cannot go on from: use the same settings, or {fix}"
+            )
         if not cfg.resume:
             raise InputError(
                 f"{run_dir} exists (status {manifest['status']}): {fix}"
@@ -186,8 +190,8 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
             )
     with ExitStack() as held:
         held.enter_context(artifacts.lock(run_dir))
-        if manifest is not None:  # resume: an unfinished stage starts over, what it wrote is kept aside
-            _set_aside(run_dir)
+        if manifest is not None and not (run_dir / "checkpoints").is_dir():
+            _set_aside(run_dir)  # resume: an unfinished stage starts over, what it wrote is kept aside
         save(cfg, run_dir / "config.yaml")
         artifacts.write_manifest(
             run_dir,

@@ -190,6 +190,8 @@ class PPO(Stage):
     max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
     keep_shared_states: bool = True  # of a round, after the blocks no role adapts: B x (Lp + Lr) x hidden numbers
     sample_every: int = 1  # write some rollouts to samples.jsonl every so many steps
+    save_steps: int = 0  # a checkpoint every so many steps, to go on from after an interruption; 0: none
+    keep_last: int = 2  # checkpoints kept
 
     stage: ClassVar[str] = "ppo"
     groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "finetune", "algorithm", "rollout")
@@ -205,7 +207,10 @@ class PPO(Stage):
             "micro_batch_size",
             "group_size",
             "max_prompt_length",
+            "keep_last",
         )
+        if self.save_steps < 0:
+            raise InputError(f"save_steps={self.save_steps}: expected 0 (none) or more")
         if self.mini_batch_size > self.rollout_batch_size:
             raise InputError(
                 f"mini_batch_size={self.mini_batch_size} > rollout_batch_size={self.rollout_batch_size}: an optimizer step "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.types import InputError, Loss, Metrics, RunError
@@ -277,6 +278,16 @@ class Engine:
     def next_update(self) -> None:
         """Move the learning-rate schedule by one rollout round (not by one optimizer step)."""
         self.update += 1
+        self._set_learning_rate()
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's checkpoint of weights and optimizer, from every rank."""
+        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path, update: int) -> None:
+        """Put back what `save` wrote, at the `update` of the schedule."""
+        self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=True)
+        self.update = update
         self._set_learning_rate()
 
     @property

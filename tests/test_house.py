@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "explain": set(),
     "run": {"config", "engine", "stages", "artifacts", "log", "types"},
     "stages": {
-        *("config", "engine", "artifacts", "batches", "data", "tokens", "models", "log", "demo", "types"),
+        *("config", "engine", "artifacts", "batches", "checkpoint", "data", "tokens", "models", "log", "demo", "types"),
         *("algorithms", "rewards", "rollout", "finetune"),
     },
     "config": {
@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"types", "algorithms.functional"},
     "engine": {"types"},
     "batches": {"types"},
+    "checkpoint": {"types"},
     "log": {"types"},
     "progress": {"types"},
     "demo": {"types"},

@@ -23,7 +23,9 @@ def test_38_masked_cross_entropy_matches_the_closed_form():
     """The label at t is scored by the logits at t - 1; a completion mask marks completion tokens."""
     logits = torch.tensor(CASE["inputs"]["logits"], dtype=torch.float64)
     ids = torch.tensor(CASE["inputs"]["input_ids"])
-    completion, valid = (torch.tensor(CASE["inputs"][name]).bool()[:, 1:] for name in ("completion_mask", "attention_mask"))
+    completion, valid = (
+        torch.tensor(CASE["inputs"][name]).bool()[:, 1:] for name in ("completion_mask", "attention_mask")
+    )
     nll = -F.response_logprobs(logits[:, :-1], ids[:, 1:])
     assert float(F.masked_mean(nll, completion)) == pytest.approx(CASE["value"]["completion_token_mean"], abs=1e-9)
     assert float(F.masked_mean(nll, valid)) == pytest.approx(CASE["value"]["full_token_mean"], abs=1e-9)

@@ -68,6 +68,18 @@ def arguments(cls: type, cfg: TrainStage, world: World, **extra: Any) -> Any:
     )
 
 
+def train(trainer: Any, cfg: TrainStage, log: RunLog) -> Any:
+    """`trainer.train()`, from the newest checkpoint of this run where there is one."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = cfg.run_dir / "checkpoints"
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is not None:
+        log.rewind(int(found.rsplit("-", 1)[1]))
+        log.note(f"goes on from {found}")
+    return trainer.train(resume_from_checkpoint=found)
+
+
 class Reporter(TrainerCallback):
     """Hands what the trainer logs to our log: metrics.jsonl, tracker and the progress line."""
 

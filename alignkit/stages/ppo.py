@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from alignkit import artifacts, batches, data, tokens
+from alignkit import artifacts, batches, checkpoint, data, tokens
 from alignkit.config import PPO
 from alignkit.engine import Engine, World
 from alignkit.log import Clock, RunLog
@@ -53,6 +53,18 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             if (parameters := cfg.finetune.parameters(roles, role))
         }  # fmt: skip
 
+    state, shuffle = algorithm.start(), torch.Generator().manual_seed(cfg.seed)
+    first, version = 0, 1
+    if (found := checkpoint.newest(cfg.run_dir, log.note)) is not None:
+        saved = checkpoint.load(found, {"shuffle": shuffle}, engines, world)
+        first, version = saved["step"], saved["version"]
+        order.load_state_dict(saved["order"])
+        state.load_state_dict(saved["algorithm"])
+        if ptx is not None:
+            ptx.order.load_state_dict(saved["ptx"])
+        log.note(f"goes on from {found.name}: step {first} of {cfg.steps}")
+    log.rewind(first - 1)  # what an interrupted attempt logged beyond it
+
     # 3. The engine that samples, holding the policy's weights.
     with log.progress("starting the engine", 0):
         sampler = cfg.rollout.start(
@@ -61,13 +73,11 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             )
         )
         canary = attest.Canary.of(cfg, prompts, tokenizer)
-        payload, version = cfg.finetune.payload(roles), 1
+        payload = cfg.finetune.payload(roles)
         sampler.sync_weights(payload, version)
         canary.check(sampler, roles, version)
     log.note(sampler.describe())
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
-    state = algorithm.start()
-    shuffle = torch.Generator().manual_seed(cfg.seed)
     roles.eval()
 
     clock, background = Clock(), ThreadPoolExecutor(1)
@@ -83,7 +93,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         return sampler.generate(batch, cfg.group_size, cfg.seed, step)
 
     with log.progress("PPO", cfg.steps) as bar:
-        for step in range(cfg.steps):
+        for step in range(first, cfg.steps):
             # 4. Generate: this rank answers its share of the step's prompts (or did so while the last batch trained).
             with clock("generate"):
                 rollouts = ahead.pop(0).result() if ahead else generate(step)
@@ -93,6 +103,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                         f"rollout.async_steps={lag} allows no such lag"
                     )
                 rollouts = batches.move(rollouts, world.device)
+            cursor = order.state_dict()  # before the prompts of the next step are drawn
             if lag and step + 1 < cfg.steps:
                 ahead.append(background.submit(generate, step + 1))
 
@@ -139,6 +150,11 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             log.log(step, numbers)
             if step % cfg.sample_every == 0:
                 log.samples(step, sample_rows(tokenizer, scored, old_logprobs - ref_logprobs))
+            if cfg.save_steps and (step + 1) % cfg.save_steps == 0 and step + 1 < cfg.steps:
+                with clock("checkpoint"):
+                    progress = {"step": step + 1, "version": version, "order": cursor, "algorithm": state.state_dict()}
+                    progress |= {"ptx": ptx.order.state_dict()} if ptx is not None else {}
+                    checkpoint.save(cfg.run_dir, progress, {"shuffle": shuffle}, engines, world, cfg.keep_last)
             bar.update(
                 step + 1,
                 score=numbers["objective/score"],

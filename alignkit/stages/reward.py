@@ -58,7 +58,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     )
 
     # 3. Train, then score the held-out pairs (without any: the training pairs) for accuracy and zero point.
-    result = trainer.train()
+    result = _trl.train(trainer, cfg, log)
     metrics = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "train_pairs": len(train)}
     chosen, rejected = score_pairs(
         trainer, evaluation if evaluation is not None else train, tokenizer.pad_token_id, world, cfg.micro_batch_size

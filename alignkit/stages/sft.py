@@ -49,7 +49,7 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     )
 
     # 3. Train, measure on the held-out rows, write the model for the next stage.
-    result = trainer.train()
+    result = _trl.train(trainer, cfg, log)
     metrics = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
     if evaluation is not None:
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
