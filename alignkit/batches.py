@@ -75,7 +75,8 @@ def by_length(lengths: Tensor, micro_batch_size: int, parts: int = 1) -> list[Te
     """Row indices [b] of micro-batches: rows of like length together, longest first (memory peaks at once).
 
     A micro-batch ends at `micro_batch_size` rows, or before more than MAX_PADDING of its slots would be padding. Where
-    that makes fewer than `parts`, the largest are halved: ranks that reduce gradients together need the same number.
+    that makes fewer than `parts`, the largest are halved, whatever padding the halves then have: ranks that reduce
+    gradients together need the same number.
     """
     order = lengths.argsort(descending=True, stable=True).tolist()
     of = lengths.tolist()

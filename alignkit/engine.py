@@ -274,6 +274,8 @@ class Engine:
         self.engine.optimizer.zero_grad()
         for group in getattr(self.engine.optimizer, "averaged_gradients", {}):
             self.engine.optimizer.averaged_gradients[group] = None
+        if hasattr(self.engine.optimizer, "micro_step_id"):  # or gradients on the host would be added to
+            self.engine.optimizer.micro_step_id = -1
 
     def next_update(self) -> None:
         """Move the learning-rate schedule by one rollout round (not by one optimizer step)."""

@@ -305,9 +305,10 @@ def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight as its checkpoint names it, tied copies once."""
     tied = set(getattr(hf, "_tied_weights_keys", None) or ()) if hf.config.tie_word_embeddings else set()
+    embeddings = {p.data_ptr() for m in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in m.parameters()}
     for name, tensor in hf.state_dict().items():
         if name not in tied:
-            vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            vocabulary = tensor.data_ptr() in embeddings
             yield name, tensor[: hf.trained_rows] if vocabulary else tensor
 
 

@@ -55,6 +55,7 @@ class LoRA:
         """PEFT's LoraConfig for `hf`."""
         from peft import LoraConfig
         from torch import nn
+        from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
         layers = None
         if self.last_layers is not None:
@@ -65,7 +66,7 @@ class LoRA:
         targets = self.target_modules
         if layers is not None and targets == "all-linear":  # PEFT takes layers only beside module names
             targets = sorted(
-                {n.rsplit(".", 1)[-1] for n, m in hf.base_model.named_modules() if isinstance(m, nn.Linear)}
+                {n.rsplit(".", 1)[-1] for n, m in hf.base_model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
             )
         return LoraConfig(
             r=self.rank,
