@@ -199,9 +199,9 @@ class ServerSampler:
             for replica in self.replicas:
                 if self.healthy(replica):
                     self.load(replica, name, folder)
-        loaded = self.context.shared([replica.loaded for replica in self.replicas])
-        for replica, name in zip(self.replicas, loaded, strict=True):
-            replica.loaded = name
+        shown = self.context.shared([replica.loaded for replica in self.replicas])
+        for replica, loaded in zip(self.replicas, shown, strict=True):
+            replica.loaded = loaded
         self.alive(name)
         self.adapter, self.version = name, version
         if self.context.rank == 0:

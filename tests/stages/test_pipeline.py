@@ -91,18 +91,16 @@ def test_models_load_in_plain_peft_and_transformers(pipeline, tiny):
 def test_reward_head_is_normalised_and_critic_starts_as_the_reward_model(pipeline, tiny):
     """Spec tests 36 and 37: the scores' zero point is kept with the head; V at the last token is the raw score."""
     from alignkit import artifacts, models
+    from alignkit.finetune.critic import Critic
     from alignkit.finetune.lora import LoRA
 
     source, reward = (artifacts.resolve_model(str(pipeline / stage)) for stage in ("sft", "reward"))
-    roles = LoRA(last_layers=2).roles(models.Model(path=""), source, reward, 320, True, 0).eval()
+    roles = LoRA(last_layers=2).roles(models.Model(path=""), source, reward, 320, Critic(), 0).eval()
     ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask, starts = torch.ones_like(ids, dtype=torch.bool), torch.full((3,), 7)
     with torch.no_grad():
-        score = roles("reward_model", ids, mask, 5)
-        extended = torch.cat(
-            [ids, ids[:, :1]], dim=1
-        )  # values[t] stands before token t: one more token shows the last state
-        values = roles("critic", extended, torch.ones_like(extended, dtype=torch.bool), 5)
+        score = roles("reward_model", ids, mask, starts, 5)
+        values = roles("critic", ids, mask, starts, 6)  # values[t] stands before token t: the last one behind the end
     assert torch.allclose(values[:, -1], score, atol=1e-6)
     assert manifest(pipeline / "reward")["metrics"]["score_std"] > 0
     assert roles.heads["reward_model"].bias.item() == pytest.approx(
