@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,7 @@ class Server(Sampling):
     api_key_env: str = "ALIGNKIT_SERVER_KEY"  # the environment variable with the key of the servers in urls
     request_timeout_s: float = 300.0  # of one response
     retries: int = 2  # of one request, on another server where there is one
+    restarts: int = 3  # how often servers that end are started again, in all, before the run stops
     start_timeout_s: float = 600.0  # until a started server is healthy
     kv_cache_gib: float = 1.0  # key-value cache of the CPU build
     gpu_memory_utilization: float = 0.9  # share of the device that a started server may take
@@ -46,8 +49,9 @@ class Server(Sampling):
             raise InputError(f"rollout.servers={self.servers}: expected 1 or more")
         if self.async_steps not in (0, 1):
             raise InputError(f"rollout.async_steps={self.async_steps}: expected 0 or 1")
-        if self.retries < 0:
-            raise InputError(f"rollout.retries={self.retries}: expected 0 or more")
+        for name in ("retries", "restarts"):
+            if getattr(self, name) < 0:
+                raise InputError(f"rollout.{name}={getattr(self, name)}: expected 0 or more")
         for name in ("request_timeout_s", "start_timeout_s"):
             if getattr(self, name) <= 0:
                 raise InputError(f"rollout.{name}={getattr(self, name)}: expected more than 0 seconds")
@@ -102,7 +106,7 @@ class ServerSampler:
         self.http = httpx.Client(
             headers={"Authorization": f"Bearer {self.key}"} if self.key else {}, timeout=config.request_timeout_s
         )
-        self.pool = ThreadPoolExecutor(max_workers=64)
+        self.pool, self.lock, self.restarts = ThreadPoolExecutor(max_workers=64), threading.Lock(), 0
         if config.urls:
             self.replicas = [Replica(url.rstrip("/")) for url in config.urls]
         else:
@@ -163,12 +167,27 @@ class ServerSampler:
         return found
 
     def revive(self) -> None:
-        """Start a dead server again (rank 0), and take back those that are healthy."""
+        """Start servers that ended again, `restarts` times in all."""
         for number, replica in enumerate(self.replicas):
-            if replica.process is not None and replica.dead and self.context.rank == 0:
-                code = replica.process.returncode
+            if replica.process is not None and replica.dead and self.restarts < self.sampling.restarts:
+                code, self.restarts = replica.process.returncode, self.restarts + 1
                 self.context.note(f"rollout server {number} ended (code {code}): starting it again")
                 self.replicas[number] = self.launch(number)
+
+    def recover(self, adapter: str) -> None:
+        """Where no server is left that holds `adapter`: wait for one that is starting, and give it the adapter."""
+        with self.lock:
+            if any(adapter in r.loaded and not r.dead for r in self.replicas):
+                return
+            deadline = time.monotonic() + self.sampling.start_timeout_s
+            while time.monotonic() < deadline:
+                self.revive()
+                for replica in filter(self.healthy, self.replicas):
+                    with contextlib.suppress(ServerFailure):  # it may go at this very moment
+                        return self.load(replica, adapter, self.folder / f"version_{adapter.split('-')[1]}")
+                if not any(r.process is not None and not r.dead for r in self.replicas):
+                    return
+                time.sleep(0.5)
 
     # ------------------------------------------------------------------------------------------------ contract
 
@@ -209,7 +228,8 @@ class ServerSampler:
 
     def load(self, replica: Replica, name: str, folder: Path) -> None:
         """Give one server the adapter; of those before, only the last stays, for what is being generated with it."""
-        self.post(replica, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        body = {"lora_name": name, "lora_path": str(folder), "load_inplace": name in replica.loaded}
+        self.post(replica, "/v1/load_lora_adapter", body)
         for old in replica.loaded - {self.adapter}:
             self.post(replica, "/v1/unload_lora_adapter", {"lora_name": old})
         replica.loaded = replica.loaded & {self.adapter} | {name}
@@ -225,9 +245,11 @@ class ServerSampler:
         try:
             answer = self.http.post(replica.url + path, json=body)
         except httpx.HTTPError as error:
-            raise ServerFailure(f"{replica.url}{path}: {type(error).__name__} {error}") from None
+            gone = not isinstance(error, httpx.TimeoutException)
+            raise ServerFailure(f"{replica.url}{path}: {type(error).__name__} {error}", gone) from None
         if answer.status_code != 200:
-            raise ServerFailure(f"{replica.url}{path}: status {answer.status_code}: {answer.text[:300]}")
+            said = f"{replica.url}{path}: status {answer.status_code}: {answer.text[:300]}"
+            raise ServerFailure(said, gone=answer.status_code >= 500)
         return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
 
     def generate(
@@ -262,12 +284,17 @@ class ServerSampler:
         """
         failures: list[str] = []
         for attempt in range(self.sampling.retries + 1):
-            servers = self.alive(body["model"] if body["model"] != "base" else None)
+            adapter = None if body["model"] == "base" else body["model"]
+            if adapter is not None:
+                self.recover(adapter)
+            servers = self.alive(adapter)
             replica = servers[(number + attempt) % len(servers)]
             try:
                 return self.post(replica, "/v1/completions", body)["choices"][0]
             except ServerFailure as failure:
                 failures.append(str(failure))
+                if failure.gone:  # not asked again before it is healthy and has the adapter once more
+                    replica.loaded = set()
                 self.context.note(f"rollout request {number} failed, attempt {attempt + 1}: {failure}")
                 time.sleep(0.5 * attempt)
         raise RunError(
@@ -298,7 +325,11 @@ class ServerSampler:
 
 
 class ServerFailure(Exception):
-    """A server did not answer a request as it should; it may be tried again."""
+    """A server did not answer a request as it should. `gone`: it refused or broke, rather than being slow."""
+
+    def __init__(self, message: str, gone: bool) -> None:
+        super().__init__(message)
+        self.gone = gone
 
 
 def _end_with_parent() -> None:

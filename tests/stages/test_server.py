@@ -33,7 +33,7 @@ def served(tiny, rows, tmp_path_factory) -> tuple[Path, dict]:
             "rollout.request_timeout_s=20",
         ],
         "overlap": [*common, "run_name=overlap", "steps=6", "rollout.async_steps=1"],
-        "last_server_killed": [*common, "run_name=last_server_killed", "steps=3"],
+        "last_server_killed": [*common, "run_name=last_server_killed", "steps=3", "rollout.restarts=0"],
     }
     return folder, run_many(jobs, folder)
 
