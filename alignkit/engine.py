@@ -179,7 +179,9 @@ def start() -> World:
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import get_default_build_root
 
+    remove_stale_locks(Path(get_default_build_root()))
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
@@ -187,6 +189,18 @@ def start() -> World:
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     device = torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu")
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def remove_stale_locks(root: Path, older_than_s: float = 900.0) -> list[Path]:
+    """Remove the locks of builds that were killed: DeepSpeed's kernels are built on first use, and whoever finds the lock
+    of a build waits for its end, for ever if its process is gone. A build takes a minute or two."""
+    import time
+
+    stale = [p for p in root.glob("**/lock") if time.time() - p.stat().st_mtime > older_than_s]
+    for path in stale:
+        path.unlink(missing_ok=True)
+        print(f"removed {path}: a build that was killed had left it", flush=True)
+    return stale
 
 
 def stop() -> None:
