@@ -4,7 +4,8 @@
 - `peft_config(task_type, hf)`: what TRL's trainers are given (None: all weights train)
 - `roles(...)`: the module of policy, ref_policy, critic and reward_model, with heads (`models.make_roles`)
 - `parameters(roles, role)`: what the engine of that role trains
-- `sync_payload(roles)`: the policy's weights as the rollout engine's base checkpoint names them
+- `payload(roles)`: what a weight sync may send: the policy's weights as its base checkpoint names them, an adapter's files
+- `critic_kinds`: the values of critic.kind it can make, the default first
 - `save(roles, folder)`: the policy for the next stage
 
 Only `models` and `types` may be imported here.

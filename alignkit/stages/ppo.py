@@ -22,6 +22,8 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     algorithm = cfg.algorithm
     for line in algorithm.warnings():
         log.note(line)
+    if not algorithm.needs_critic:
+        log.note(f"algorithm={algorithm.name} has no critic: critic.* and critic_optimizer.* are not used")
 
     # 1. Prompts, and the data of PPO-ptx.
     source = artifacts.resolve_model(cfg.model.path)
