@@ -187,6 +187,9 @@ def start() -> World:
     if cuda:
         torch.cuda.set_device(local_rank)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    torch.distributed.barrier()  # every rank has opened the buffers of all: their names are not needed any more
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{local_rank}"):
+        buffer.unlink(missing_ok=True)  # DeepSpeed leaves 64 MiB of memory a rank behind otherwise
     device = torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu")
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
 
