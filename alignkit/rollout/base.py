@@ -99,6 +99,12 @@ class Sampler(Protocol):
     def use(self, roles: nn.Module) -> None:
         """Sample for another module from the next `sync_weights` on."""
 
+    def sleep(self) -> None:
+        """Give the device memory of weights and cache to the trainer until `wake`, where the engine can."""
+
+    def wake(self) -> None:
+        """Take it back, before the next `sync_weights`."""
+
     def close(self) -> None:
         """Free what the engine holds."""
 

@@ -87,5 +87,11 @@ class HFSampler:
                     break
         return pack_rollouts(prompts, group_size, tokens, logprobs, done.tolist(), context, self.version, slots)
 
+    def sleep(self) -> None:
+        """Nothing: its weights are the trainer's."""
+
+    def wake(self) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """Nothing of its own to free."""

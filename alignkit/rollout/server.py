@@ -308,6 +308,12 @@ class ServerSampler:
     def use(self, roles: nn.Module) -> None:
         """Nothing to do: weights arrive by `sync_weights`."""
 
+    def sleep(self) -> None:
+        """Nothing: servers have devices of their own."""
+
+    def wake(self) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """End the servers that were started here and remove the adapters' folder."""
         for replica in self.replicas:

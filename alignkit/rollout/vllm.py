@@ -31,6 +31,7 @@ class VLLM(Sampling):
     kv_cache_gib: float = 1.0  # key-value cache of the CPU build
     gpu_memory_utilization: float = 0.3  # share of the device that vLLM may take, weights and cache
     enforce_eager: bool = True  # no CUDA graphs: starts faster, decodes slower on a GPU
+    sleep: bool = False  # leave the GPU's memory to the trainer between rollouts; without effect on a CPU
 
     def check(self) -> None:
         super().check()
@@ -64,9 +65,15 @@ class VLLMSampler:
                 free.bind(("127.0.0.1", 0))
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        from vllm.platforms import current_platform
+
+        if self.cpu:  # before vLLM's modules read it: compiling the sampler's small kernels takes longer than they save
+            current_platform.simple_compile_backend = "eager"
         from vllm import LLM
 
-        device = {} if self.cpu else {"gpu_memory_utilization": config.gpu_memory_utilization}
+        device: dict[str, Any] = {}
+        if not self.cpu:
+            device = {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": config.sleep}
         if self.payload == "adapter":
             rank = next(r for r in LORA_RANKS if r >= (context.adapter_rank or 0))
             device |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
@@ -91,7 +98,10 @@ class VLLMSampler:
 
     def describe(self) -> str:
         """What a sync sends, and why."""
-        return f"vLLM: a sync sends {'the adapter' if self.payload == 'adapter' else 'whole weights'} ({self.why})"
+        awake = "; rollout.sleep=true has no effect on a CPU" if self.cpu and self.sampling.sleep else ""
+        return (
+            f"vLLM: a sync sends {'the adapter' if self.payload == 'adapter' else 'whole weights'} ({self.why}){awake}"
+        )
 
     def sync_weights(self, payload: Payload, version: int) -> None:
         """Send the adapter or the whole weights, then forget the keys and values of the old ones."""
@@ -175,6 +185,15 @@ class VLLMSampler:
         logprobs = [[at[t].logprob for t, at in zip(out.token_ids, out.logprobs, strict=True)] for out in outputs]
         finished = [out.finish_reason == "stop" for out in outputs]
         return pack_rollouts(prompts, group_size, tokens, logprobs, finished, self.context, self.version, slots)
+
+    def sleep(self) -> None:
+        """Weights to host memory, the cache is dropped: vLLM's level 1."""
+        if self.sampling.sleep and not self.cpu:
+            self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self.sampling.sleep and not self.cpu:
+            self.llm.wake_up()
 
     def close(self) -> None:
         """Remove the adapters' folder. The engine ends with the process, see `_ENGINES`."""

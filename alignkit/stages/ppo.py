@@ -105,6 +105,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                         f"rollout.async_steps={lag} allows no such lag"
                     )
                 rollouts = batches.move(rollouts, world.device)
+                sampler.sleep()
             cursor = order.state_dict()  # before the prompts of the next step are drawn
             if lag and step + 1 < cfg.steps:
                 ahead.append(background.submit(generate, step + 1))
@@ -142,6 +143,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             # 9. Sync: the sampler gets the new weights under a new version, and proves that it answers with them.
             with clock("sync"):
                 version += 1
+                sampler.wake()
                 sampler.sync_weights(payload, version)
             with clock("attest"):
                 numbers |= canary.check(sampler, roles, version)
