@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("data", "engine", "models", "log", "types"),
         *("algorithms", "rewards", "rollout", "finetune", "launch"),
     },
-    "rollout": {"models", "tokens", "types"},
+    "rollout": {"batches", "models", "tokens", "types"},
     "rewards": {"batches", "models", "types"},
     "finetune": {"models", "types"},
     "algorithms": {"types"},

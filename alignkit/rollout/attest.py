@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from alignkit import tokens
+from alignkit import batches, tokens
 from alignkit.rollout.base import Sampling
 from alignkit.types import PromptBatch, Rollouts, RunError
 
@@ -33,9 +33,9 @@ class Canary:
 
     @classmethod
     def of(cls, cfg: Any, prompts: list[dict], tokenizer: Any) -> Canary:
-        """Four of the stage's prompts, one of them lengthened up to 160 tokens: enough to meet a prefix cache."""
-        ids = [token for prompt in prompts[:64] for token in prompt["ids"]][: min(cfg.max_prompt_length, 160)]
-        rows = [*prompts[:3], prompts[0] | {"ids": ids, "index": -1}]
+        """The stage's first prompt, and one of up to 132 tokens: a block of a CPU engine's prefix cache has 128."""
+        ids = [token for prompt in prompts[:64] for token in prompt["ids"]][: min(cfg.max_prompt_length, 132)]
+        rows = [prompts[0], prompts[0] | {"ids": ids, "index": -1}]
         batch = tokens.collate_prompts(rows, tokenizer.pad_token_id)
         return cls(batch, cfg.model.dtype, cfg.rollout.temperature, cfg.seed)
 
@@ -78,9 +78,13 @@ class Canary:
     def score(self, roles: torch.nn.Module, rollouts: Rollouts, temperature: float | None = None) -> torch.Tensor:
         """The trainer's log-probs [N, TOKENS] of what the engine sampled."""
         device = next(roles.parameters()).device
-        ids, mask, starts = (part.to(device) for part in rollouts.flush_left())
+        rows = (part.to(device) for part in rollouts.flush_left())
+
+        def policy(ids: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor, slots: int) -> torch.Tensor:
+            return roles("policy", ids, mask, starts, slots, temperature or self.temperature)[0]
+
         slots = rollouts.response_mask.shape[1]
-        return roles("policy", ids, mask, starts, slots, temperature or self.temperature)[0].float().cpu()
+        return batches.map_rows(policy, *rows, slots, len(rollouts.response_mask)).float().cpu()
 
     def too_far(self, largest: float, mean: float) -> bool:
         bound, mean_bound = BOUNDS[self.dtype]
