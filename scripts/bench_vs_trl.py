@@ -106,6 +106,7 @@ def run(command: list[str]) -> dict:
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    print("".join(f"  {said}\n" for said in done.stdout.splitlines() if said.startswith("a step took")), end="")
     if line is None:
         sys.exit(f"{command[:2]} failed:\n{done.stderr[-3000:]}")
     return json.loads(line.removeprefix("RESULT "))
@@ -119,6 +120,7 @@ def ours(settings: dict) -> dict:
 
     from alignkit import artifacts, batches, tokens
     from alignkit.engine import Engine
+    from alignkit.log import Clock
     from alignkit.rewards import base as rewards
     from alignkit.rollout import attest
     from alignkit.rollout import base as rollout
@@ -154,19 +156,28 @@ def ours(settings: dict) -> dict:
     sampler.sync_weights(payload, 1)
     canary.check(sampler, roles, 1)
     score = rewards.start_all({}, rewards.Context(tokenizer))
-    state, shuffle, ends = cfg.algorithm.start(), torch.Generator().manual_seed(0), []
+    state, shuffle, ends, clock = cfg.algorithm.start(), torch.Generator().manual_seed(0), [], Clock()
     for step in range(settings["updates"]):
         rows = prompts[step * batch : (step + 1) * batch]
-        rollouts = sampler.generate(tokens.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, step)
-        seen = ppo.forward(cfg, roles, rollouts)
-        scored = score(rollouts)
-        scored.scores = seen["reward_model"]
-        experience, _ = cfg.algorithm.experience(scored, seen["policy"], seen["ref_policy"], seen["critic"], state, 1)
-        experience.shared_states = seen.get("shared_states")
-        ppo.update(cfg, roles, engines, batches.move(experience, world.device), world, shuffle, list(engines))
-        sampler.sync_weights(payload, step + 2)
-        canary.check(sampler, roles, step + 2)
+        with clock("generate"):
+            rollouts = sampler.generate(tokens.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, step)
+        with clock("forward"):
+            seen = ppo.forward(cfg, roles, rollouts)
+            scored = score(rollouts)
+            scored.scores = seen["reward_model"]
+            experience, _ = cfg.algorithm.experience(
+                scored, seen["policy"], seen["ref_policy"], seen["critic"], state, 1
+            )
+            experience.shared_states = seen.get("shared_states")
+        with clock("update"):
+            ppo.update(cfg, roles, engines, batches.move(experience, world.device), world, shuffle, list(engines))
+        with clock("sync"):
+            sampler.sync_weights(payload, step + 2)
+        with clock("attest"):
+            canary.check(sampler, roles, step + 2)
+        clock.lap()
         ends.append(time.perf_counter())
+    print(clock.describe(), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {"seconds": [b - a for a, b in itertools.pairwise(ends)], "peak_mib": round(peak)}
 

@@ -11,4 +11,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the tests' models are too small
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy
-exec .venv/bin/pytest "$@"
+exec .venv/bin/pytest -n 2 --dist loadgroup "$@" # two processes; a group is what shares its fixtures

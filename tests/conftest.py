@@ -15,6 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """A file is one group, and so are all tests that read the one run of the pipeline: a group stays in one process."""
+    for item in items:
+        group = "pipeline" if "pipeline" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A folder with the tiny model, four blocks deep, and its tokenizer."""
