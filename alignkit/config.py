@@ -48,6 +48,7 @@ class Stage:
     seed: int = 0  # of data order, sampling, dropout and new weights
     dry_run: bool = False  # print the resolved config and the launch command, start nothing
     resume: bool = False  # a finished run of this name is kept; an unfinished one is set aside and started over
+    reuse: bool = False  # link to a finished stage of the same config and inputs under runs_dir, if there is one
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     deepspeed: Any = MISSING
@@ -279,6 +280,7 @@ class Pipeline:
     seed: int = 0
     dry_run: bool = False
     resume: bool = False  # keep the finished stages of this run_name, do the others
+    reuse: bool = True  # link to finished stages of the same config and inputs under runs_dir, make the others
     model: Model = field(default_factory=Model)
     deepspeed: Any = MISSING
     launcher: Any = MISSING
@@ -384,7 +386,7 @@ def load(path: Path, stage: str) -> Any:
 def config_hash(config: Any) -> str:
     """16 hex digits of what the stage computes from: not the names of folders, nor how it is shown or launched."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), throw_on_missing=False)
-    for key in ("run_name", "runs_dir", "dry_run", "resume", "launcher", "logger"):
+    for key in ("run_name", "runs_dir", "dry_run", "resume", "reuse", "launcher", "logger"):
         plain.pop(key, None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 

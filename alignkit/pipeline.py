@@ -24,7 +24,7 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
         InputError: before anything is written.
         RunError: the stage did not reach `done`; its log is named.
     """
-    from alignkit import artifacts
+    from alignkit import artifacts, sharing
     from alignkit.config import config_hash, save
     from alignkit.types import InputError, RunError
 
@@ -39,32 +39,17 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     }
     if maker := artifacts.manifest_hash(Path(cfg.data.path).parent if cfg.data.path else None):  # rows that a run wrote
         inputs["data"] = {"path": cfg.data.path, "manifest_hash": maker}
-    manifest = artifacts.read_manifest(run_dir)
-    if manifest is not None:
-        same = manifest["config_hash"] == config_hash(cfg)
-        if cfg.resume and manifest["status"] == "done" and same and manifest["inputs"] != inputs:
-            stale = next(
-                role for role in inputs | manifest["inputs"] if inputs.get(role) != manifest["inputs"].get(role)
-            )
-            raise InputError(
-                f"{run_dir} was made from another {stale} than {inputs.get(stale)}: delete that folder to make it anew"
-            )
-        if cfg.resume and manifest["status"] == "done" and same:
-            print(f"{cfg.stage:<9} kept: {run_dir} is done with this config")
-            return manifest["metrics"].get(MAIN_METRIC.get(cfg.stage, ""))
-        fix = "choose another run_name=, or delete that folder"
-        if cfg.resume and manifest["status"] == "done":
-            raise InputError(f"{run_dir} is done, but with another config: {fix}")
-        if cfg.resume and not same and (run_dir / "checkpoints").is_dir():
-            raise InputError(
-                f"{run_dir} has checkpoints of another config, which this one cannot go on from: use the same settings, or {fix}"
-            )
-        if not cfg.resume:
-            raise InputError(
-                f"{run_dir} exists (status {manifest['status']}): {fix}"
-                + (", or add resume=true" if manifest["status"] != "done" else "")
-            )
+    contents = sharing.contents(cfg, sources)
+    address = sharing.address(cfg, contents)
+    manifest = _previous(cfg, address, contents)
+    if manifest is not None and manifest["status"] == "done":
+        print(f"{cfg.stage:<9} kept: {run_dir} is done with this config")
+        return main_metric(manifest)
     with ExitStack() as held:
+        if cfg.reuse and not run_dir.exists():
+            held.enter_context(sharing.turn(Path(cfg.runs_dir), address, cfg.stage, run_dir))
+            if made := sharing.find(Path(cfg.runs_dir), address, cfg.stage):
+                return _reuse(run_dir, made)
         held.enter_context(artifacts.lock(run_dir))
         if manifest is not None and not (run_dir / "checkpoints").is_dir():
             _set_aside(run_dir)  # resume: an unfinished stage starts over, what it wrote is kept aside
@@ -75,6 +60,8 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
             status="running",
             seed=cfg.seed,
             config_hash=config_hash(cfg),
+            address=address,
+            contents=contents,
             inputs=inputs,
             git_commit=artifacts.git_commit(),
             versions=artifacts.versions(),
@@ -87,7 +74,7 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
             raise
     manifest = artifacts.read_manifest(run_dir) or {}
     if manifest.get("status") == "done":
-        return manifest["metrics"].get(MAIN_METRIC.get(cfg.stage, ""))
+        return main_metric(manifest)
     log = run_dir / "logs" / f"{cfg.stage}.log"
     if manifest.get("status") == "running":
         artifacts.write_manifest(run_dir, status="failed", error="its processes ended without a word")
@@ -97,8 +84,57 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     raise RunError(f"{cfg.stage} failed: {reason} (log: {log})")
 
 
+def _previous(cfg: Any, address: str, contents: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of what an earlier command left in the run folder, where this one may keep it or go on with it.
+
+    Raises:
+        InputError: it is another's, or `resume` is not set.
+    """
+    from alignkit import artifacts
+    from alignkit.config import config_hash
+    from alignkit.types import InputError
+
+    run_dir = cfg.run_dir
+    fix = "choose another run_name=, or delete that folder"
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise InputError(
+            f"{run_dir} is a link to {run_dir.readlink()}, which is gone: delete the link and add resume=true"
+        )
+    manifest = artifacts.read_manifest(run_dir)
+    if manifest is None or (cfg.resume and manifest.get("address") == address):
+        return manifest
+    if not cfg.resume:
+        more = ", or add resume=true" if manifest["status"] != "done" else ""
+        raise InputError(f"{run_dir} exists (status {manifest['status']}): {fix}{more}")
+    before = manifest.get("contents", {})
+    stale = [key for key in contents if contents[key] != before.get(key)]
+    other = stale[0] if stale and manifest["config_hash"] == config_hash(cfg) else "config"
+    if manifest["status"] == "done":
+        raise InputError(f"{run_dir} is done, but with another {other}: {fix}")
+    if (run_dir / "checkpoints").is_dir():
+        raise InputError(
+            f"{run_dir} has checkpoints of another {other}, which this one cannot go on from: use the same, or {fix}"
+        )
+    return manifest
+
+
+def _reuse(run_dir: Path, made: Path) -> float | None:
+    """Link the run folder to a finished stage of the same address, and say so."""
+    from alignkit import artifacts, sharing
+
+    sharing.link(run_dir, made)
+    manifest = artifacts.read_manifest(run_dir) or {}
+    print(f"{manifest['stage']:<9} kept: same config and inputs as {made}{sharing.differences(manifest)}")
+    return main_metric(manifest)
+
+
 # What a stage returns to Hydra's sweepers.
 MAIN_METRIC = {"sft": "eval_loss", "reward": "eval_accuracy", "ppo": "objective/score", "sample": "pairs"}
+
+
+def main_metric(manifest: dict[str, Any]) -> float | None:
+    """The number of a finished stage that a sweeper may optimise."""
+    return manifest["metrics"].get(MAIN_METRIC.get(manifest["stage"], ""))
 
 
 def run_pipeline(cfg: Any) -> float | None:

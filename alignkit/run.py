@@ -48,9 +48,8 @@ def main() -> int:
             sys.stderr.flush()
             os._exit(2 if kind == "input" else 1)  # peers may hang in a collective: the launcher ends them
         if rank == 0:
-            artifacts.write_manifest(
-                run_dir, **facts, metrics=metrics, seconds=round(time.time() - started, 1), status="done"
-            )
+            facts |= {"metrics": metrics, "model_hash": artifacts.model_hash(run_dir / "model")}
+            artifacts.write_manifest(run_dir, **facts, seconds=round(time.time() - started, 1), status="done")
     engine.stop()
     return 0
 

@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"config", "explain", "pipeline", "types"},
-    "pipeline": {"config", "artifacts", "launch", "report", "report_html", "demo", "types"},
+    "sharing": {"config", "artifacts", "data", "types"},
+    "pipeline": {"config", "sharing", "artifacts", "launch", "report", "report_html", "demo", "types"},
     "explain": set(),
     "run": {"config", "engine", "stages", "artifacts", "log", "types"},
     "stages": {

@@ -1,0 +1,140 @@
+"""Stages that several runs share: their address, who makes them, and the link to the folder that holds them.
+
+The address of a stage is the hash of its config in which each path is replaced by the hash of what lies there: of a
+finished stage its manifest, of a model folder its files, of a data set its rows, of a reward function its source. Names
+of folders, the launcher and the logger do not enter it. Code and package versions do not enter it either: a difference is
+said when a stage is reused, and `reuse=false` makes the stage anew.
+
+A run that reuses a stage has a relative symbolic link in place of the stage's folder, so whatever reads
+`runs/b/sft/` reads the folder of the run that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alignkit import artifacts
+from alignkit.config import config_hash
+from alignkit.data import Data, fingerprint
+from alignkit.types import InputError, ModelSource
+
+
+def contents(cfg: Any, sources: dict[str, ModelSource]) -> dict[str, str]:
+    """{config key of a path: hash of what lies there}; of a hub id, the id itself.
+
+    Args:
+        cfg: a stage whose inputs were checked.
+        sources: {role: resolved model} of `cfg.inputs()`.
+    """
+    found: dict[str, str] = {}
+    for role, source in sources.items():
+        key = role if role.startswith("policies.") else f"{role}.path"
+        found[key] = artifacts.manifest_hash(source.run) or _model(source)
+    kinds = {"data": cfg.row_kind, "eval_data": cfg.row_kind, "ptx": "sft"}
+    for name, kind in kinds.items():
+        node = getattr(cfg, name, None)
+        rows, key = (
+            (node, f"{name}.path") if isinstance(node, Data) else (getattr(node, "data", None), f"{name}.data.path")
+        )
+        if rows is not None and rows.path:
+            found[key] = fingerprint(rows.rows(kind))
+    for name, reward in getattr(cfg, "rewards", {}).items():
+        if hasattr(reward, "load"):
+            found[f"rewards.{name}.target"] = _source(reward)
+    if cfg.model.chat_template and Path(cfg.model.chat_template).is_file():
+        found["model.chat_template"] = _digest(Path(cfg.model.chat_template).read_bytes())
+    return found
+
+
+def address(cfg: Any, held: dict[str, str]) -> str:
+    """16 hex digits: equal where two stages compute the same from the same, whatever their folders are called."""
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.structured(cfg)
+    for key, value in held.items():
+        OmegaConf.update(node, key, value)
+    return config_hash(node)
+
+
+def find(runs_dir: Path, wanted: str, stage: str) -> Path | None:
+    """The folder of a finished stage of that address under `runs_dir`, whose files are what its manifest says; else None."""
+    for folder, folders, files in os.walk(runs_dir):
+        folders[:] = [] if "manifest.json" in files else sorted(folders)  # a stage's own folders hold no stages
+        if "manifest.json" not in files:
+            continue
+        run = Path(folder)
+        with contextlib.suppress(InputError):  # a damaged manifest is another run's trouble
+            manifest = artifacts.read_manifest(run) or {}
+            if (manifest.get("stage"), manifest.get("address"), manifest.get("status")) == (stage, wanted, "done"):
+                if artifacts.model_hash(run / "model") == manifest.get("model_hash"):
+                    return run
+                print(f"{stage:<9} {run} is not reused: its model/ changed since it was made")
+    return None
+
+
+def link(run_dir: Path, made: Path) -> None:
+    """Let `run_dir` stand for the folder `made`, by a relative link: both may be moved together."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    run_dir.symlink_to(os.path.relpath(made.resolve(), run_dir.parent.resolve()), target_is_directory=True)
+
+
+def differences(manifest: dict[str, Any]) -> str:
+    """What made a stage and is another here: " (made with trl 0.25.0, here 0.25.1)", or ""."""
+    theirs = manifest.get("versions", {}) | {"commit": str(manifest.get("git_commit"))[:9]}
+    ours = artifacts.versions() | {"commit": str(artifacts.git_commit())[:9]}
+    other = [
+        f"{n} {theirs.get(n, 'absent')}, here {ours.get(n, 'absent')}"
+        for n in theirs | ours
+        if theirs.get(n) != ours.get(n)
+    ]
+    return f" (made with {'; '.join(other)})" if other else ""
+
+
+@contextlib.contextmanager
+def turn(runs_dir: Path, wanted: str, stage: str, run_dir: Path) -> Iterator[None]:
+    """Hold the address while the stage is looked for and made; another process that holds it is waited for, and named."""
+    folder = runs_dir / ".addresses"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / wanted).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(
+                f"{stage:<9} waits for {file.read().strip() or 'another process'}, which makes the same stage",
+                flush=True,
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when that process ends, however it ends
+        file.truncate(0)
+        file.write(f"{run_dir} (process {os.getpid()})")
+        file.flush()
+        yield
+
+
+def _model(source: ModelSource) -> str:
+    """What identifies a model that no run made: its files' hash, or the hub id."""
+    parts = [str(part) for part in (source.base, source.adapter) if part is not None]
+    hashes = [artifacts.model_hash(Path(part)) or part for part in parts]
+    return hashes[0] if len(hashes) == 1 else _digest(json.dumps(hashes).encode())
+
+
+def _source(reward: Any) -> str:
+    """The hash of the file that a reward function stands in; what that file imports is not followed."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(reward.load()))
+    except TypeError:  # a builtin, or an object with __call__
+        file = None
+    name = reward.target.partition(":")[2]
+    return _digest(name.encode() + (Path(file).read_bytes() if file else reward.target.encode()))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
