@@ -245,6 +245,22 @@ def manifest_hash(run_dir: Path | None) -> str | None:
     return hashlib.sha256((run_dir / "manifest.json").read_bytes()).hexdigest()[:16]
 
 
+def started_in(folder: Path, below: Path) -> Path | None:
+    """The working directory of the command that made a run folder: where the relative paths of its config begin.
+
+    Args:
+        below: what its config calls that folder, `<runs_dir>/<run_name>` or a stage's folder in it.
+
+    Returns:
+        None where the folder is no longer where its config says.
+    """
+    places = [Path.cwd()]
+    if not below.is_absolute():
+        spelled = (Path(os.path.abspath(folder)), folder.resolve())
+        places += [path.parents[len(below.parts) - 1] for path in spelled if len(path.parts) > len(below.parts)]
+    return next((place for place in places if (place / below).resolve() == folder.resolve()), None)
+
+
 def plain_config(run_dir: Path) -> dict[str, Any]:
     """`config.yaml` as plain dicts, for trackers."""
     from omegaconf import OmegaConf

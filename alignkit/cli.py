@@ -20,11 +20,20 @@ COMMANDS = {
     "evaluate": "compare policies on held-out prompts",
 }
 
+# Of runs that exist.
+TOOLS = {
+    "compare": "RUN…: one table and one page of what differs between runs and what they came to",
+    "lineage": "RUN: from which data, configs, parents, commit and versions it came; what changed since",
+    "resume": "RUN: go on from wherever a run or a stage stands",
+}
+
 USAGE = f"""alignkit {__version__}: SFT → reward model → PPO from one configuration
 
 usage: alignkit COMMAND [key=value …]
 
 {chr(10).join(f"  {name:<9} {text}" for name, text in COMMANDS.items())}
+
+{chr(10).join(f"  {name:<9} {text}" for name, text in TOOLS.items())}
 
   alignkit COMMAND --help       its keys, defaults and config groups
   alignkit COMMAND --cfg job    the config as it would run
@@ -45,15 +54,43 @@ def main() -> None:
     if command in ("-V", "--version", "version"):
         print(__version__)
         return None
+    if command in TOOLS:
+        return _tool(command, sys.argv[2:])
+    known = [*COMMANDS, *TOOLS]
     if command not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(command, COMMANDS, 1)
+        near = difflib.get_close_matches(command, known, 1)
         _refuse(
-            f"no command {command!r}{f': did you mean {near[0]}?' if near else ''}; the commands are {', '.join(COMMANDS)}"
+            f"no command {command!r}{f': did you mean {near[0]}?' if near else ''}; the commands are {', '.join(known)}"
         )
     _hydra(command, sys.argv[2:])
     return None
+
+
+def _tool(command: str, arguments: list[str]) -> None:
+    """Run a command about runs that exist."""
+    from alignkit import compare, lineage, resume
+    from alignkit.types import InputError, RunError
+
+    if {"-h", "--help"} & set(arguments) or not [a for a in arguments if not a.startswith("-")]:
+        return print(f"usage: alignkit {command} {TOOLS[command]}\n{sys.modules[f'alignkit.{command}'].__doc__}")
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
+    try:
+        {"compare": compare, "lineage": lineage, "resume": resume}[command].main(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except InputError as error:
+        _refuse(str(error))
+    except RunError as error:
+        print(f"alignkit: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt  # so that the launcher ends the ranks it started
 
 
 def _hydra(command: str, arguments: list[str]) -> None:
@@ -62,7 +99,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from alignkit import config, pipeline
+    from alignkit import config, pipeline, sweep
     from alignkit.types import InputError, RunError
 
     config.register()
@@ -78,18 +115,31 @@ def _hydra(command: str, arguments: list[str]) -> None:
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)
     def application(composed: Any) -> Any:
         try:
-            return pipeline.run_command(config.to_config(composed, command))
-        except (InputError, RunError, KeyboardInterrupt) as error:
+            sweep.begin_job(composed, arguments)
+            cfg = config.to_config(composed, command)
+            value = pipeline.run_command(cfg)
+            done.extend([] if cfg.dry_run else [pipeline.folder(cfg)])
+            return value
+        except (InputError, RunError) as error:
             stopped.append(error)  # raised below: Hydra would put a line of its own before it
+            if sweeping:
+                print(f"alignkit: {error}", file=sys.stderr, flush=True)
 
-    def terminate(signum: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt  # so that the launcher ends the ranks it started
-
-    signal.signal(signal.SIGTERM, terminate)
-    signal.signal(signal.SIGHUP, terminate)
-    stopped: list[BaseException] = []
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
+    stopped: list[InputError | RunError] = []
+    done: list[Path] = []
+    sweeping = bool({"-m", "--multirun"} & set(arguments))
     try:
-        application()
+        try:
+            application()
+        except ValueError:  # of a sweeper that has no number to go on with
+            if not stopped:
+                raise
+        if sweeping and (done or stopped):
+            sweep.finish(done, len(stopped))
+        if sweeping and stopped:
+            raise SystemExit(1 if any(isinstance(error, RunError) for error in stopped) else 2)
         if stopped:
             raise stopped[0]
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from alignkit.data import Data, Kind, Ptx
 from alignkit.engine import Optimizer
-from alignkit.explain import nearest_key, one_line, stray_keys
+from alignkit.explain import divides, nearest_key, one_line, positive, stray_keys
 from alignkit.finetune.critic import Critic
 from alignkit.models import Model
 from alignkit.types import InputError
@@ -102,10 +102,10 @@ class TrainStage(Stage):
 
     def check(self) -> None:
         super().check()
-        _positive(self, "max_length", "mini_batch_size", "micro_batch_size")
+        positive(self, "max_length", "mini_batch_size", "micro_batch_size")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"eval_fraction={self.eval_fraction}: a fraction of the rows, 0 <= eval_fraction < 1")
-        _divides(
+        divides(
             "mini_batch_size",
             self.mini_batch_size,
             micro_batch_size=self.micro_batch_size,
@@ -158,7 +158,7 @@ class Sample(Stage):
         super().check()
         _some_reward(self)
         self.rollout.check()
-        _positive(self, "max_prompt_length")
+        positive(self, "max_prompt_length")
         if self.group_size < 2:
             raise InputError(f"group_size={self.group_size}: a pair needs at least 2 answers a prompt")
         if not 1 <= self.pairs_per_prompt <= self.group_size // 2:
@@ -200,7 +200,7 @@ class PPO(Stage):
     def check(self) -> None:
         super().check()
         _some_reward(self)
-        _positive(
+        positive(
             self,
             "steps",
             "rollout_batch_size",
@@ -218,9 +218,9 @@ class PPO(Stage):
                 "cannot use more sequences than a rollout round makes; lower mini_batch_size"
             )
         ranks = self.launcher.num_ranks
-        _divides("rollout_batch_size", self.rollout_batch_size, mini_batch_size=self.mini_batch_size)
-        _divides("rollout_batch_size", self.rollout_batch_size, group_size=self.group_size, ranks=ranks)
-        _divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
+        divides("rollout_batch_size", self.rollout_batch_size, mini_batch_size=self.mini_batch_size)
+        divides("rollout_batch_size", self.rollout_batch_size, group_size=self.group_size, ranks=ranks)
+        divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
         if self.deepspeed.stage == 3:
             raise InputError(
                 f"deepspeed={self.deepspeed.name}: PPO has two optimizers over one module, and this stage cuts the weights "
@@ -233,7 +233,7 @@ class PPO(Stage):
                 f"algorithm.critic_warmup={warmup} with critic.kind=trunk: a critic on the policy's states cannot learn alone"
             )
         self.ptx.check()
-        _divides("ptx.mini_batch_size", self.ptx.mini_batch_size, ranks=ranks)
+        divides("ptx.mini_batch_size", self.ptx.mini_batch_size, ranks=ranks)
         self.algorithm.check(self.group_size, self.rollout_batch_size // self.mini_batch_size)
         self.rollout.check()
         self.rollout.check_unbiased()
@@ -261,7 +261,7 @@ class Evaluate(Stage):
         super().check()
         _some_reward(self)
         self.rollout.check()
-        _positive(self, "group_size", "bootstrap", "max_prompt_length")
+        positive(self, "group_size", "bootstrap", "max_prompt_length")
         if not self.policies:
             raise InputError("policies is empty: name at least one, as in +policies.sft=runs/<name>/sft")
         if self.reference is not None and self.reference not in self.policies:
@@ -374,13 +374,19 @@ def save(config: Any, path: Path) -> None:
 def load(path: Path, stage: str) -> Any:
     """Read back what `save` wrote, every default and type as strict as when it was composed."""
     raw = OmegaConf.load(path)
-    cls = STAGES[stage]
+    return to_config(OmegaConf.merge(_schema(STAGES[stage], raw), raw), stage)
+
+
+def _schema(cls: Any, raw: Any) -> DictConfig:
+    """The node of a stage, with the components that a saved config names; of a pipeline, with its stages."""
     node = OmegaConf.structured(cls)
     for group in cls.groups:
         node[group] = OmegaConf.structured(components(group)[raw[group].name])
     if "rewards" in raw:
         node.rewards = {key: components("reward")[item.name] for key, item in raw.rewards.items()}
-    return to_config(OmegaConf.merge(node, raw), stage)
+    for name in STAGES.keys() & raw.keys():
+        node[name] = _schema(STAGES[name], raw[name])
+    return node
 
 
 def config_hash(config: Any) -> str:
@@ -389,23 +395,6 @@ def config_hash(config: Any) -> str:
     for key in ("run_name", "runs_dir", "dry_run", "resume", "reuse", "launcher", "logger"):
         plain.pop(key, None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise InputError(f"{config.stage}: {name}={getattr(config, name)}: expected 1 or more")
-
-
-def _divides(name: str, value: int, **factors: int) -> None:
-    """`value` must be a multiple of the product of `factors`; the message states every number and a fix."""
-    product = 1
-    for factor in factors.values():
-        product *= factor
-    if value % product:
-        parts = " x ".join(f"{key}={factor}" for key, factor in factors.items())
-        parts += f" = {product}" if len(factors) > 1 else ""
-        raise InputError(f"{name}={value} is not a multiple of {parts}; try {name}={(value // product + 1) * product}")
 
 
 def _some_reward(config: Any) -> None:

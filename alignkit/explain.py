@@ -1,4 +1,4 @@
-"""Words for what Hydra and OmegaConf refuse: one line that names the key and the nearest real one."""
+"""What is refused, in one line: a key that does not exist with the nearest real one, a number with one that works."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from alignkit.types import InputError
 
 
 def nearest_key(key: str, config: DictConfig) -> str | None:
@@ -45,3 +47,21 @@ def _dotted(node: Any, prefix: str = "") -> list[str]:
         child = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
         keys += _dotted(child, f"{prefix}{key}.")
     return keys
+
+
+def positive(config: Any, *names: str) -> None:
+    """Raise InputError where a field is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"{config.stage}: {name}={getattr(config, name)}: expected 1 or more")
+
+
+def divides(name: str, value: int, **factors: int) -> None:
+    """`value` must be a multiple of the product of `factors`; the message states every number and a fix."""
+    product = 1
+    for factor in factors.values():
+        product *= factor
+    if value % product:
+        parts = " x ".join(f"{key}={factor}" for key, factor in factors.items())
+        parts += f" = {product}" if len(factors) > 1 else ""
+        raise InputError(f"{name}={value} is not a multiple of {parts}; try {name}={(value // product + 1) * product}")

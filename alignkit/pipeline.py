@@ -17,6 +17,11 @@ def run_command(cfg: Any) -> float | None:
     return run_pipeline(cfg) if isinstance(cfg, Pipeline) else run_stage(cfg)
 
 
+def folder(cfg: Any) -> Path:
+    """Where a command writes: a stage's folder, or the one that holds a pipeline's stages."""
+    return Path(cfg.runs_dir) / cfg.run_name / ("" if cfg.stage == "pipeline" else cfg.stage)
+
+
 def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None = None) -> float | None:
     """Check inputs, make the run folder, launch, wait for `done`.
 
@@ -39,7 +44,7 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     }
     if maker := artifacts.manifest_hash(Path(cfg.data.path).parent if cfg.data.path else None):  # rows that a run wrote
         inputs["data"] = {"path": cfg.data.path, "manifest_hash": maker}
-    contents = sharing.contents(cfg, sources)
+    contents = sharing.contents(cfg)
     address = sharing.address(cfg, contents)
     manifest = _previous(cfg, address, contents)
     if manifest is not None and manifest["status"] == "done":
@@ -140,8 +145,9 @@ def main_metric(manifest: dict[str, Any]) -> float | None:
 def run_pipeline(cfg: Any) -> float | None:
     """Every stage in order in one run folder, then the report."""
     from alignkit import artifacts, report, report_html
+    from alignkit.config import save
 
-    root = Path(cfg.runs_dir) / cfg.run_name
+    root = folder(cfg)
     stages = cfg.stages()
     made = {str(stage.run_dir): stage.stage for stage in stages}
     for stage in stages:  # all inputs of all stages, before the first one takes its minutes
@@ -153,6 +159,7 @@ def run_pipeline(cfg: Any) -> float | None:
     if not cfg.resume:
         _refuse_existing(root, [stage.run_dir for stage in stages])
     with artifacts.lock(root):
+        save(cfg, root / "pipeline.yaml")  # for `alignkit resume`
         for number, stage in enumerate(stages, start=1):
             stage.resume = cfg.resume
             run_stage(stage, f"[{number}/{len(stages)}] {stage.stage}")

@@ -40,24 +40,29 @@ def write_html(run: Path) -> Path:
 
 
 def render_html(folder: RunFolder) -> str:
-    name = _escape(folder.path.name)
+    name = escape(folder.path.name)
     body = "\n".join(
         [
             f"<h1>{name}</h1>",
-            f"<p class='lead'>{_escape(verdict(folder))}</p>",
+            f"<p class='lead'>{escape(verdict(folder))}</p>",
             _cards(folder),
-            _section("Gold score on held-out prompts", _gold_html(folder)),
-            _section("What PPO did", _figures(_ppo_charts(folder), "ppo")),
-            _section("Losses", _figures(_loss_charts(folder), "sft, reward or ppo")),
-            _section("Twelve held-out prompts, not picked", _answers_html(folder)),
-            _section("Stages", _stages_html(folder)),
-            _section("Made with", _made_with(folder)),
+            section("Gold score on held-out prompts", _gold_html(folder)),
+            section("What PPO did", figures(_ppo_charts(folder), "ppo")),
+            section("Losses", figures(_loss_charts(folder), "sft, reward or ppo")),
+            section("Twelve held-out prompts, not picked", _answers_html(folder)),
+            section("Stages", _stages_html(folder)),
+            section("Made with", _made_with(folder)),
         ]
     )
+    return page(name, body)
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page with its style; `title` is escaped."""
     return (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>{name} · alignkit</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{title} · alignkit</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -91,16 +96,16 @@ th{font-size:.82rem;font-weight:600;color:var(--soft)}td.n,th.n{text-align:right
 """
 
 
-def _escape(text: Any) -> str:
+def escape(text: Any) -> str:
     return html.escape(visible(text, 4000))
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_escape(title)}</h2>\n{content}\n</section>"
+def section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
 
 
 def _none(what: str = "not run") -> str:
-    return f"<p class='none'>{_escape(what)}</p>"
+    return f"<p class='none'>{escape(what)}</p>"
 
 
 def _cards(folder: RunFolder) -> str:
@@ -114,7 +119,7 @@ def _cards(folder: RunFolder) -> str:
     p_value = "" if model["p_value"] is None else f", p {short(number(model['p_value']))}"
     cards.append(("Reward model", fixed(model["accuracy"]), f"held-out pair accuracy{p_value}"))
     cells = (
-        f"<div class='card'><span>{_escape(title)}</span><b>{_escape(value)}</b><span>{_escape(note)}</span></div>"
+        f"<div class='card'><span>{escape(title)}</span><b>{escape(value)}</b><span>{escape(note)}</span></div>"
         for title, value, note in cards
     )
     return f"<div class='cards'>{''.join(cells)}</div>"
@@ -138,9 +143,9 @@ def _gold_html(folder: RunFolder) -> str:
             "–" if finished is None else f"{finished:.0%}",
         ]
         cells = "".join(f"<td class='n'>{value}</td>" for value in values)
-        rows.append(f"<tr><td>{_dot(name)}{_escape(NAMES.get(name, name))}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{_dot(name)}{escape(NAMES.get(name, name))}</td>{cells}</tr>")
     table = f"<div class='wide'><table><thead>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    return table + _figures([_gold_chart(folder)], "evaluate")
+    return table + figures([_gold_chart(folder)], "evaluate")
 
 
 def _dot(name: str) -> str:
@@ -153,10 +158,10 @@ def _answers_html(folder: RunFolder) -> str:
         return _none()
     rows = []
     for dialogue in dialogues:
-        cells = [f"<td>{_escape(dialogue['prompt'])}</td>"]
+        cells = [f"<td>{escape(dialogue['prompt'])}</td>"]
         for policy in ("sft", "ppo"):
             row = dialogue.get(policy)
-            text = f"{_escape(row.get('response', ''))}<small>{_escape(score_line(row))}</small>" if row else "–"
+            text = f"{escape(row.get('response', ''))}<small>{escape(score_line(row))}</small>" if row else "–"
             cells.append(f"<td data-policy='{NAMES[policy]}'>{text}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = f"<tr><th>prompt</th><th>{_dot('sft')}SFT</th><th>{_dot('ppo')}PPO</th></tr>"
@@ -176,8 +181,8 @@ def _stages_html(folder: RunFolder) -> str:
         )
         result = key_result(folder, stage) or "–"
         rows.append(
-            f"<tr><td>{stage}</td><td>{_escape(manifest.get('status') or 'not run')}</td><td class='n'>{time}</td>"
-            f"<td>{_escape(result)}</td><td>{links or '–'}</td></tr>"
+            f"<tr><td>{stage}</td><td>{escape(manifest.get('status') or 'not run')}</td><td class='n'>{time}</td>"
+            f"<td>{escape(result)}</td><td>{links or '–'}</td></tr>"
         )
     head = "<tr><th>stage</th><th>status</th><th class='n'>time</th><th>result</th><th>files</th></tr>"
     return f"<div class='wide'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -187,7 +192,7 @@ def _made_with(folder: RunFolder) -> str:
     summary = summarize(folder.path)
     versions = " · ".join(f"{name} {version}" for name, version in (summary["versions"] or {}).items())
     facts = [("model", summary["model"]), ("seed", summary["seed"]), ("versions", versions or None)]
-    rows = (f"<tr><th>{key}</th><td>{'–' if value is None else _escape(value)}</td></tr>" for key, value in facts)
+    rows = (f"<tr><th>{key}</th><td>{'–' if value is None else escape(value)}</td></tr>" for key, value in facts)
     return f"<table><tbody>{''.join(rows)}</tbody></table>"
 
 
@@ -196,15 +201,15 @@ def _made_with(folder: RunFolder) -> str:
 Chart = tuple[str, str]  # (svg, caption)
 
 
-def _figures(charts: list[Chart | None], stage: str) -> str:
+def figures(charts: list[Chart | None], stage: str) -> str:
     drawn = [chart for chart in charts if chart]
     if not drawn:
         return _none(f"not run: no numbers from {stage}")
-    figures = (f"<figure>{svg}<figcaption>{_escape(caption)}</figcaption></figure>" for svg, caption in drawn)
+    figures = (f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for svg, caption in drawn)
     return f"<div class='figures'>{''.join(figures)}</div>"
 
 
-def _draw(title: str, paint: Any, x: str = "", y: str = "", height: float = 3.1) -> str:
+def draw(title: str, paint: Any, x: str = "", y: str = "", height: float = 3.1) -> str:
     """One SVG: `paint(axes)` draws into it. Text stays text, so it is sharp, small and can be searched."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -263,7 +268,7 @@ def _over_steps(title: str, points: list[tuple[int, float]], color: str, caption
             annotation_clip=False,
         )
 
-    return _draw(title, paint, x="step", y=y), caption
+    return draw(title, paint, x="step", y=y), caption
 
 
 def _reward_against_kl(folder: RunFolder) -> Chart | None:
@@ -283,7 +288,7 @@ def _reward_against_kl(folder: RunFolder) -> Chart | None:
             axes.annotate(text, (x[i], y[i]), xytext=(5, 6), textcoords="offset points", fontsize=9.5, zorder=4, **bold)
         axes.margins(x=0.1, y=0.14)
 
-    svg = _draw("Reward against KL", paint, x="KL to the reference, nats a response", y="reward-model score")
+    svg = draw("Reward against KL", paint, x="KL to the reference, nats a response", y="reward-model score")
     return svg, "One point a PPO step, pale to dark. Up is what the reward model likes, right is what it cost."
 
 
@@ -345,4 +350,4 @@ def _gold_chart(folder: RunFolder) -> Chart | None:
         axes.grid(axis="y", visible=False)
 
     title = f"Mean {folder.results.get('reward') or 'gold'} score"
-    return _draw(title, paint, height=0.9 + 0.5 * len(drawn)), "Dots are means, bars 95% bootstrap intervals."
+    return draw(title, paint, height=0.9 + 0.5 * len(drawn)), "Dots are means, bars 95% bootstrap intervals."

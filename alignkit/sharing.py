@@ -17,40 +17,39 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alignkit import artifacts
 from alignkit.config import config_hash
 from alignkit.data import Data, fingerprint
-from alignkit.types import InputError, ModelSource
+from alignkit.types import InputError
 
 
-def contents(cfg: Any, sources: dict[str, ModelSource]) -> dict[str, str]:
-    """{config key of a path: hash of what lies there}; of a hub id, the id itself.
+def contents(cfg: Any) -> dict[str, str]:
+    """{config key of a path: hash of what lies there} of a stage whose inputs exist; of a hub id, the id itself."""
+    return {key: read() for key, read in readers(cfg).items()}
 
-    Args:
-        cfg: a stage whose inputs were checked.
-        sources: {role: resolved model} of `cfg.inputs()`.
-    """
-    found: dict[str, str] = {}
-    for role, source in sources.items():
-        key = role if role.startswith("policies.") else f"{role}.path"
-        found[key] = artifacts.manifest_hash(source.run) or _model(source)
-    kinds = {"data": cfg.row_kind, "eval_data": cfg.row_kind, "ptx": "sft"}
-    for name, kind in kinds.items():
-        node = getattr(cfg, name, None)
-        rows, key = (
-            (node, f"{name}.path") if isinstance(node, Data) else (getattr(node, "data", None), f"{name}.data.path")
-        )
-        if rows is not None and rows.path:
-            found[key] = fingerprint(rows.rows(kind))
+
+def readers(cfg: Any) -> dict[str, Callable[[], str]]:
+    """{config key of a path: what hashes what lies there now}; it raises InputError where nothing usable does."""
+    found: dict[str, Callable[[], str]] = {}
+    for role, path in cfg.inputs().items():
+        if path:
+            key = role if role.startswith("policies.") else f"{role}.path"
+            found[key] = partial(_model, path, key)
+    ptx = getattr(cfg, "ptx", None)
+    data = {"data": cfg.data, "eval_data": getattr(cfg, "eval_data", None), "ptx.data": ptx and ptx.data}
+    for name, node in data.items():
+        if node is not None and node.path:
+            found[f"{name}.path"] = partial(_rows, node, "sft" if name == "ptx.data" else cfg.row_kind)
     for name, reward in getattr(cfg, "rewards", {}).items():
         if hasattr(reward, "load"):
-            found[f"rewards.{name}.target"] = _source(reward)
-    if cfg.model.chat_template and Path(cfg.model.chat_template).is_file():
-        found["model.chat_template"] = _digest(Path(cfg.model.chat_template).read_bytes())
+            found[f"rewards.{name}.target"] = partial(_source, reward)
+    if cfg.model.chat_template:
+        found["model.chat_template"] = partial(_file, cfg.model.chat_template)
     return found
 
 
@@ -119,11 +118,25 @@ def turn(runs_dir: Path, wanted: str, stage: str, run_dir: Path) -> Iterator[Non
         yield
 
 
-def _model(source: ModelSource) -> str:
-    """What identifies a model that no run made: its files' hash, or the hub id."""
+def _model(path: str, key: str) -> str:
+    """Of a finished run its manifest; of other models their files, or the hub id."""
+    source = artifacts.resolve_model(path, key)
     parts = [str(part) for part in (source.base, source.adapter) if part is not None]
     hashes = [artifacts.model_hash(Path(part)) or part for part in parts]
-    return hashes[0] if len(hashes) == 1 else _digest(json.dumps(hashes).encode())
+    return artifacts.manifest_hash(source.run) or (
+        hashes[0] if len(hashes) == 1 else _digest("\n".join(hashes).encode())
+    )
+
+
+def _rows(node: Data, kind: Any) -> str:
+    return fingerprint(node.rows(kind))
+
+
+def _file(path: str) -> str:
+    try:
+        return _digest(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
 
 
 def _source(reward: Any) -> str:

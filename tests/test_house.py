@@ -34,10 +34,14 @@ COMMANDS = ["sft", "sample", "reward", "ppo", "evaluate", "pipeline"]
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"config", "explain", "pipeline", "types"},
+    "cli": {"config", "explain", "pipeline", "sweep", "compare", "lineage", "resume", "types"},
+    "sweep": {"compare", "types"},
+    "compare": {"report", "report_html", "log", "progress", "types"},
+    "lineage": {"config", "sharing", "artifacts", "types"},
+    "resume": {"config", "pipeline", "artifacts", "types"},
     "sharing": {"config", "artifacts", "data", "types"},
     "pipeline": {"config", "sharing", "artifacts", "launch", "report", "report_html", "demo", "types"},
-    "explain": set(),
+    "explain": {"types"},
     "run": {"config", "engine", "stages", "artifacts", "log", "types"},
     "stages": {
         *("config", "engine", "artifacts", "batches", "checkpoint", "data", "tokens", "models", "log", "demo", "types"),
