@@ -25,6 +25,7 @@ from alignkit.report_html import draw, escape, figures, page, section
 from alignkit.types import InputError
 
 SAID_ELSEWHERE = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "name")
+MANY = 11  # columns of a table that a terminal still holds
 COLORS = ("#d1641b", "#2f6fb5", "#2c8a5b", "#8a4fa3", "#b8860b", "#c0392b", "#16808c", "#7b8794", "#5d4037", "#9c27b0")
 
 
@@ -91,13 +92,18 @@ def _runs_in(path: Path) -> list[Run]:
 def show(runs: Sequence[Run], target: Path) -> None:
     """Print the table of the runs, write the page."""
     from rich.console import Console
+    from rich.text import Text
 
-    names, settings, results = labels(runs), differing(runs), columns(runs)
-    console = Console()
+    names, lines = labels(runs), table(runs)
+    console = Console(highlight=False)
     console.print()
-    console.print(_table(runs, names, settings, results))
-    write_atomic(target, _html(runs, names, settings, results))
-    console.print(f"  curves: {target}", soft_wrap=True, highlight=False)
+    if wordy := max(map(len, names)) > 16:  # long names stand below the table, which then has room for the numbers
+        lines = [lines[0], *([str(i), *line[1:]] for i, line in enumerate(lines[1:], start=1))]
+    console.print(_on_screen(lines))
+    for i, run in enumerate(runs if wordy else [], start=1):
+        console.print(Text(f"  {i}  {run.path}"), soft_wrap=True)
+    write_atomic(target, _html(runs, names))
+    console.print(Text(f"  curves: {target}"), soft_wrap=True)
 
 
 def free_page(folder: Path) -> Path:
@@ -243,46 +249,48 @@ def _seconds(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------------- on screen
 
 
-def _table(runs: Sequence[Run], names: list[str], settings: dict[str, list[str]], results: list[Column]) -> Any:
+def table(runs: Sequence[Run]) -> list[list[str]]:
+    """A line of headings and one a run: its name, the settings that differ, the results."""
+    settings, results = differing(runs), columns(runs)
+    lines = [["run", *settings, *(heading for heading, _ in results)]]
+    for i, (run, name) in enumerate(zip(runs, labels(runs), strict=True)):
+        lines.append([name, *(values[i] for values in settings.values()), *(cell(run) for _, cell in results)])
+    return lines
+
+
+def _on_screen(lines: list[list[str]]) -> Any:
+    """A rich table; runs stand beside each other where so much differs that a line a run would not be read."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in _headings(settings, results):
-        table.add_column(Text(heading), overflow="fold")
-    for row in _rows(runs, names, settings, results):
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    ends = [key.rpartition(".")[2] for key in lines[0]]
+    short_head = [end if ends.count(end) == 1 else key for key, end in zip(lines[0], ends, strict=True)]
+    flat = len(lines[0]) <= MANY
+    head, *rows = [short_head, *lines[1:]] if flat else [list(column) for column in zip(*lines, strict=True)]
+    for heading in head:
+        drawn.add_column(Text(heading), overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    return drawn
 
 
-def _headings(settings: dict[str, list[str]], results: list[Column]) -> list[str]:
-    return ["run", *settings, *(heading for heading, _ in results)]
-
-
-def _rows(
-    runs: Sequence[Run], names: list[str], settings: dict[str, list[str]], results: list[Column]
-) -> list[list[str]]:
-    return [
-        [names[i], *(values[i] for values in settings.values()), *(cell(run) for _, cell in results)]
-        for i, run in enumerate(runs)
-    ]
-
-
-def _html(runs: Sequence[Run], names: list[str], settings: dict[str, list[str]], results: list[Column]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in _headings(settings, results))
-    rows = []
-    for i, row in enumerate(_rows(runs, names, settings, results)):
+def _html(runs: Sequence[Run], names: list[str]) -> str:
+    head, *rows = table(runs)
+    cells = "".join(f"<th>{escape(heading)}</th>" for heading in head)
+    body = []
+    for i, row in enumerate(rows):
         dot = f"<span class='dot' style='background:{COLORS[i % len(COLORS)]}'></span>"
-        rows.append(f"<tr><td>{dot}{'</td><td>'.join(escape(cell) for cell in row)}</td></tr>")
-    table = f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        body.append(f"<tr><td>{dot}{'</td><td>'.join(escape(cell) for cell in row)}</td></tr>")
+    tabled = f"<div class='wide'><table><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     charts = [
         _curves(runs, names, "Score over steps", "objective/score", "Mean score of each step's rollouts."),
         _curves(runs, names, "KL over steps", "objective/kl", "To the reference, in nats a response."),
         _against(runs, names),
     ]
     title = f"{len(runs)} runs"
-    return page(title, f"<h1>{title}</h1>\n{table}\n{section('Learning curves of PPO', figures(charts, 'ppo'))}")
+    return page(title, f"<h1>{title}</h1>\n{tabled}\n{section('Learning curves of PPO', figures(charts, 'ppo'))}")
 
 
 def _curves(runs: Sequence[Run], names: list[str], title: str, metric: str, caption: str) -> tuple[str, str] | None:

@@ -374,7 +374,11 @@ def save(config: Any, path: Path) -> None:
 def load(path: Path, stage: str) -> Any:
     """Read back what `save` wrote, every default and type as strict as when it was composed."""
     raw = OmegaConf.load(path)
-    return to_config(OmegaConf.merge(_schema(STAGES[stage], raw), raw), stage)
+    try:
+        whole = OmegaConf.merge(_schema(STAGES[stage], raw), raw)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{path} was written by another version of alignkit: {one_line(error)}") from None
+    return to_config(whole, stage)
 
 
 def _schema(cls: Any, raw: Any) -> DictConfig:

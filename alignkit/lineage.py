@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,21 @@ def trace(run: Path) -> Node:
      "held": [{"what", "path", "hash", "now", "why", "run": node of the run that made it, or None}]}
     `now` is None where the thing is gone, and `why` says so.
     """
+    from omegaconf import OmegaConf
+
     manifest = artifacts.read_manifest(run) or {}
     facts = {
         key: manifest.get(name)
         for key, name in (("stage",) * 2, ("status",) * 2, ("started",) * 2, ("seed",) * 2, ("commit", "git_commit"))
     }
-    own = [_held("config", run / "config.yaml", manifest.get("config_hash"), lambda: _config_hash(run, manifest))]
+    own = [
+        _held(
+            "config",
+            run / "config.yaml",
+            manifest.get("config_hash"),
+            lambda: config.config_hash(OmegaConf.load(run / "config.yaml")),
+        )
+    ]
     if manifest.get("model_hash"):
         own.append(_held("model", run / "model", manifest["model_hash"], lambda: _files(run / "model")))
     base = manifest.get("base_model") or {}
@@ -108,10 +118,6 @@ def _held(what: str, path: Any, before: str | None, read: Any) -> Node:
     return {"what": what, "path": str(path), "hash": before, "now": now, "why": why, "run": None}
 
 
-def _config_hash(run: Path, manifest: dict[str, Any]) -> str:
-    return config.config_hash(config.load(run / "config.yaml", manifest["stage"]))
-
-
 def _files(folder: Path) -> str:
     found = artifacts.model_hash(folder)
     if found is None:
@@ -146,33 +152,30 @@ def changed(node: Node) -> list[str]:
 
 
 def _show(node: Node, changes: list[str]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(_branch(node, set()))
+    for line in tree(node, set()):
+        print(line)
     for line in changes:
-        console.print(Text(line, style="bold red"))
-    console.print(Text(f"{len(changes)} changed since" if changes else "nothing has changed since", style="bold"))
+        print(line)
+    print(f"{len(changes)} changed since" if changes else "nothing has changed since")
 
 
-def _branch(node: Node, seen: set[str]) -> Any:
-    """The tree of a stage; of one that stands above already only its name."""
-    from rich.text import Text
-    from rich.tree import Tree
-
+def tree(node: Node, seen: set[str], prefix: str = "") -> list[str]:
+    """The lines of a stage's tree; of a stage that stands above already only its name."""
     made = f"{node['stage']}, {node['status']}, {node['started']}, seed {node['seed']}, manifest {node['manifest']}"
-    tree = Tree(Text(node["run"], style="bold").append(f"  {made}", style="not bold"))
     if node["run"] in seen:
-        tree.label.append("  (see above)", style="dim")  # type: ignore[union-attr]
-        return tree
+        return [f"{prefix}{node['run']}  (see above)"]
     seen.add(node["run"])
+    inner = re.sub("[├└]─ $", lambda found: "│  " if found[0][0] == "├" else "   ", prefix)
     versions = " ".join(f"{name} {version}" for name, version in node["versions"].items())
-    tree.add(Text(f"commit {node['commit'] or 'unknown'}  {versions}", style="dim"))
+    lines = [f"{prefix}{node['run']}  {made}", f"{inner}├─ commit {node['commit'] or 'unknown'}, {versions}"]
     for entry in node["held"]:
-        state = "" if entry["now"] == entry["hash"] else "  gone" if entry["now"] is None else f"  now {entry['now']}"
-        line = Text(f"{entry['what']}  {entry['path']}  {entry['hash']}").append(state, style="bold red")
-        branch = tree.add(line)
+        mark = "└" if entry is node["held"][-1] else "├"
+        state = "" if entry["now"] == entry["hash"] else "  GONE" if entry["now"] is None else f"  NOW {entry['now']}"
+        lines.append(f"{inner}{mark}─ {entry['what']}  {entry['path']}  {entry['hash']}{rows(entry)}{state}")
         if entry["run"]:
-            branch.add(_branch(entry["run"], seen))
-    return tree
+            lines += tree(entry["run"], seen, f"{inner}{'│' if mark == '├' else ' '}  └─ ")
+    return lines
+
+
+def rows(entry: Node) -> str:
+    return f", {entry['rows']} rows" if entry.get("rows") else ""

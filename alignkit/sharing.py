@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import hashlib
 import inspect
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
