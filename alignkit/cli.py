@@ -38,7 +38,7 @@ usage: alignkit COMMAND [key=value …]
   alignkit COMMAND --help       its keys, defaults and config groups
   alignkit COMMAND --cfg job    the config as it would run
   alignkit COMMAND dry_run=true what would be launched
-  alignkit COMMAND -m a.b=1,2   sweep (Hydra multirun)
+  alignkit COMMAND -m a.b=1,2   sweep (Hydra multirun); each job in runs/<run_name>/<what is swept>
 
 first run: alignkit pipeline +experiment=quickstart
 """
@@ -103,6 +103,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
     from alignkit.types import InputError, RunError
 
     config.register()
+    arguments = sorted(arguments, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it at an end
     sys.argv = [f"alignkit {command}", *arguments]
     if {"-h", "--help"} & set(arguments) and not any(a.startswith("--hydra-help") for a in arguments):
         try:

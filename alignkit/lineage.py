@@ -27,6 +27,8 @@ def main(arguments: Sequence[str]) -> None:
     if len(words) != 1 or set(arguments) - {"--json", *words}:
         raise InputError(f"lineage {' '.join(arguments)}: expected alignkit lineage RUN [--json]")
     run = last_stage(Path(words[0]))
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: no config.yaml beside its manifest: it was not made by alignkit, or only half copied")
     raw = artifacts.plain_config(run)
     below = Path(raw["runs_dir"], raw["run_name"], run.resolve().name)
     place = artifacts.started_in(run, below)
