@@ -137,7 +137,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
         except ValueError:  # of a sweeper that has no number to go on with
             if not stopped:
                 raise
-        if sweeping and (done or stopped):
+        if sweeping and done:
             sweep.finish(done, len(stopped))
         if sweeping and stopped:
             raise SystemExit(1 if any(isinstance(error, RunError) for error in stopped) else 2)

@@ -123,14 +123,13 @@ def common_folder(paths: Sequence[Path]) -> Path:
 def settings(run: Run) -> dict[str, str]:
     """{stage.key: value} of the configs of a run; paths inside the run itself are written from its folder on."""
     from omegaconf import OmegaConf
-    from yaml import YAMLError
 
     found: dict[str, str] = {}
     for stage in run.stages:
-        try:
-            config = OmegaConf.to_container(OmegaConf.load(run.folder.path / stage / "config.yaml"))
-        except (OSError, YAMLError):
+        path = run.folder.path / stage / "config.yaml"
+        if not path.is_file():
             continue
+        config = OmegaConf.to_container(OmegaConf.load(path))
         own = f"{config['runs_dir']}/{config['run_name']}/"
         for key, value in _flat(config):
             if key not in SAID_ELSEWHERE:

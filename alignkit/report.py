@@ -312,8 +312,10 @@ def _stage_table(folder: RunFolder) -> Any:
     for stage in STAGES:
         manifest = folder.manifests[stage]
         status, seconds = manifest.get("status") or "not run", number(manifest.get("seconds"))
-        total += seconds or 0.0
         style = {"done": "green", "failed": "red"}.get(status, "dim")
+        if (folder.path / stage).is_symlink():  # made in another run, and its time spent there
+            status, seconds = "shared", None
+        total += seconds or 0.0
         time = "–" if seconds is None else clock(seconds)
         table.add_row(stage, Text(status, style=style), time, Text(key_result(folder, stage) or "–"))
     table.add_section()

@@ -67,5 +67,4 @@ def finish(runs: Sequence[Path], failed: int) -> None:
     from alignkit import compare
 
     print(f"\n{len(runs)} of {len(runs) + failed} jobs of the sweep are done")
-    if runs:
-        compare.show(compare.find_runs(runs), compare.free_page(compare.common_folder(runs)))
+    compare.show(compare.find_runs(runs), compare.free_page(compare.common_folder(runs)))

@@ -224,7 +224,7 @@ def test_jobs_of_a_sweep_get_folders_of_their_own(work):
     assert result.code == 0, result.err
     named = [line for line in result.out.splitlines() if line.startswith("run_name:")]
     assert len(named) == len(set(named)) == 4
-    assert "run_name: new/optimizer.learning_rate=1e-3,seed=0" in named
+    assert "run_name: new/optimizer.learning_rate=0.001,seed=0" in named
 
 
 def test_a_refused_job_of_a_sweep_is_said_and_the_others_go_on(work):
@@ -378,7 +378,9 @@ def test_resume_says_what_becomes_of_each_stage(work, tmp_path):
 
 
 def test_a_saved_pipeline_is_read_back_as_it_was(work):
-    made = typed("pipeline", "run_name=mine", "ppo.algorithm=rloo", "ppo.group_size=2", "sample.rewards.gold.weight=2")
+    made = typed(
+        "pipeline", "run_name=mine", "algorithm@ppo.algorithm=rloo", "ppo.group_size=2", "sample.rewards.gold.weight=2"
+    )
     config.save(made, work / "pipeline.yaml")
     assert config.load(work / "pipeline.yaml", "pipeline") == made
 
