@@ -171,7 +171,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
 def columns(runs: Sequence[Run]) -> list[Column]:
     """The columns in which at least one run has something to say."""
     every: list[Column] = [
-        ("status", _status),
+        ("status", status),
         ("gold, PPO", lambda run: _interval(run, "policy", "ppo", fixed)),
         ("gold, PPO − SFT", lambda run: _interval(run, "difference", "ppo_minus_sft", signed)),
         ("score", lambda run: _moved(run, "objective/score")),
@@ -183,7 +183,7 @@ def columns(runs: Sequence[Run]) -> list[Column]:
     return [column for column in every if any(column[1](run) != "–" for run in runs)]
 
 
-def _status(run: Run) -> str:
+def status(run: Run) -> str:
     """What is not done; "done" where all is."""
     manifests = run.folder.manifests
     open_ones = [f"{stage} {manifests[stage].get('status')}" for stage in run.stages if not _done(run, stage)]

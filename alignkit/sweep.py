@@ -58,13 +58,18 @@ def begin_job(composed: Any, arguments: Sequence[str]) -> None:
 
 
 def finish(runs: Sequence[Path], failed: int) -> None:
-    """The table and the page of a sweep whose jobs have ended.
+    """The table and the page of a sweep whose jobs have ended; of one that waits in a queue, how to get them later.
 
     Args:
-        runs: folders of the jobs that are done.
-        failed: how many are not.
+        runs: folders of the jobs that did not fail.
+        failed: how many did.
     """
     from alignkit import compare
 
+    found, folder = compare.find_runs(runs), compare.common_folder(runs)
+    if any(compare.status(run) != "done" for run in found):
+        return print(
+            f"\n{len(runs)} of {len(runs) + failed} jobs of the sweep are queued; later: alignkit compare {folder}"
+        )
     print(f"\n{len(runs)} of {len(runs) + failed} jobs of the sweep are done")
-    compare.show(compare.find_runs(runs), compare.free_page(compare.common_folder(runs)))
+    compare.show(found, compare.free_page(folder))
