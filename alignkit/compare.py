@@ -94,15 +94,13 @@ def show(runs: Sequence[Run], target: Path) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    names, lines = labels(runs), table(runs)
+    lines, marked = table(runs), marks(runs)
     console = Console(highlight=False)
     console.print()
-    if wordy := max(map(len, names)) > 16:  # long names stand below the table, which then has room for the numbers
-        lines = [lines[0], *([str(i), *line[1:]] for i, line in enumerate(lines[1:], start=1))]
-    console.print(_on_screen(lines))
-    for i, run in enumerate(runs if wordy else [], start=1):
-        console.print(Text(f"  {i}  {run.path}"), soft_wrap=True)
-    write_atomic(target, _html(runs, names))
+    console.print(_on_screen([lines[0], *([mark, *line[1:]] for mark, line in zip(marked, lines[1:], strict=True))]))
+    for mark, run in zip(marked, runs, strict=True):
+        console.print(Text(f"  {mark}  {run.path}"), soft_wrap=True)
+    write_atomic(target, _html(runs, marked))
     console.print(Text(f"  curves: {target}"), soft_wrap=True)
 
 
@@ -163,6 +161,12 @@ def labels(runs: Sequence[Run]) -> list[str]:
     """A name for each run: its path below the folder that holds them all."""
     top = common_folder([run.path for run in runs])
     return [os.path.relpath(run.path, top) for run in runs]
+
+
+def marks(runs: Sequence[Run]) -> list[str]:
+    """What stands for a run where there is little room: its label, or a number where labels are long."""
+    names = labels(runs)
+    return names if max(map(len, names)) <= 16 else [str(number) for number in range(1, len(runs) + 1)]
 
 
 # ------------------------------------------------------------------------------------------------------- results
@@ -277,6 +281,7 @@ def _on_screen(lines: list[list[str]]) -> Any:
 
 def _html(runs: Sequence[Run], names: list[str]) -> str:
     head, *rows = table(runs)
+    rows = [row if row[0] == name else [f"{name}: {row[0]}", *row[1:]] for name, row in zip(names, rows, strict=True)]
     cells = "".join(f"<th>{escape(heading)}</th>" for heading in head)
     body = []
     for i, row in enumerate(rows):

@@ -65,7 +65,7 @@ def saved_config(run: Path) -> Any:
 def standing(run_dir: Path) -> str:
     """What becomes of a stage when its run is resumed, in a few words."""
     manifest = artifacts.read_manifest(run_dir)
-    if manifest is None:
+    if manifest is None or manifest["status"] == "queued":
         return "not started: begins"
     if manifest["status"] == "done":
         return "done: skipped"
