@@ -175,7 +175,7 @@ def marks(runs: Sequence[Run]) -> list[str]:
 def columns(runs: Sequence[Run]) -> list[Column]:
     """The columns in which at least one run has something to say."""
     every: list[Column] = [
-        ("status", status),
+        ("status", status),  # where not all is done
         ("gold, PPO", lambda run: _interval(run, "policy", "ppo", fixed)),
         ("gold, PPO − SFT", lambda run: _interval(run, "difference", "ppo_minus_sft", signed)),
         ("score", lambda run: _moved(run, "objective/score")),
@@ -184,7 +184,7 @@ def columns(runs: Sequence[Run]) -> list[Column]:
         ("held-out loss", lambda run: _final(run, "sft", "eval_loss")),
         ("seconds", _seconds),
     ]
-    return [column for column in every if any(column[1](run) != "–" for run in runs)]
+    return [(name, cell) for name, cell in every if any(cell(run) not in ("–", "done") for run in runs)]
 
 
 def status(run: Run) -> str:
@@ -267,27 +267,27 @@ def _on_screen(lines: list[list[str]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     ends = [key.rpartition(".")[2] for key in lines[0]]
     short_head = [end if ends.count(end) == 1 else key for key, end in zip(lines[0], ends, strict=True)]
     flat = len(lines[0]) <= MANY
     head, *rows = [short_head, *lines[1:]] if flat else [list(column) for column in zip(*lines, strict=True)]
-    for heading in head:
-        drawn.add_column(Text(heading), overflow="fold")
+    for heading, *cells in zip(head, *rows, strict=True):
+        longest = max(len(word) for cell in (heading, *cells) for word in cell.split() or [""])
+        drawn.add_column(Text(heading), overflow="fold", min_width=min(longest, 24))  # numbers are not broken
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     return drawn
 
 
 def _html(runs: Sequence[Run], names: list[str]) -> str:
-    head, *rows = table(runs)
-    rows = [row if row[0] == name else [f"{name}: {row[0]}", *row[1:]] for name, row in zip(names, rows, strict=True)]
-    cells = "".join(f"<th>{escape(heading)}</th>" for heading in head)
-    body = []
-    for i, row in enumerate(rows):
+    head, *rows = [[escape(cell) for cell in line] for line in table(runs)]
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
         dot = f"<span class='dot' style='background:{COLORS[i % len(COLORS)]}'></span>"
-        body.append(f"<tr><td>{dot}{'</td><td>'.join(escape(cell) for cell in row)}</td></tr>")
-    tabled = f"<div class='wide'><table><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        row[0] = dot + (row[0] if row[0] == escape(name) else f"{escape(name)}: {row[0]}")
+    lines = [head, *rows] if len(head) <= MANY else [list(column) for column in zip(head, *rows, strict=True)]
+    first, *rest = [f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in lines]
+    tabled = f"<div class='wide'><table><thead>{first.replace('td>', 'th>')}</thead><tbody>{''.join(rest)}</tbody></table></div>"
     charts = [
         _curves(runs, names, "Score over steps", "objective/score", "Mean score of each step's rollouts."),
         _curves(runs, names, "KL over steps", "objective/kl", "To the reference, in nats a response."),

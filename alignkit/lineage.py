@@ -164,9 +164,9 @@ def _show(node: Node, changes: list[str]) -> None:
 def tree(node: Node, seen: set[str], prefix: str = "") -> list[str]:
     """The lines of a stage's tree; of a stage that stands above already only its name."""
     made = f"{node['stage']}, {node['status']}, {node['started']}, seed {node['seed']}, manifest {node['manifest']}"
-    if node["run"] in seen:
+    if node["manifest"] in seen:
         return [f"{prefix}{node['run']}  (see above)"]
-    seen.add(node["run"])
+    seen.add(node["manifest"])
     inner = re.sub("[├└]─ $", lambda found: "│  " if found[0][0] == "├" else "   ", prefix)
     versions = " ".join(f"{name} {version}" for name, version in node["versions"].items())
     lines = [f"{prefix}{node['run']}  {made}", f"{inner}├─ commit {node['commit'] or 'unknown'}, {versions}"]
