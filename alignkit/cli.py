@@ -25,6 +25,10 @@ TOOLS = {
     "compare": "RUN…: one table and one page of what differs between runs and what they came to",
     "lineage": "RUN: from which data, configs, parents, commit and versions it came; what changed since",
     "resume": "RUN: go on from wherever a run or a stage stands",
+    "status": "RUN: what is queued, running, saved, done or failed, and why",
+    "logs": "RUN [-f] [-n LINES]: its newest log",
+    "cancel": "RUN: end its jobs and processes",
+    "report": "RUN: summary.json, report.html and the table of what there is",
 }
 
 USAGE = f"""alignkit {__version__}: SFT → reward model → PPO from one configuration
@@ -54,7 +58,7 @@ def main() -> None:
     if command in ("-V", "--version", "version"):
         print(__version__)
         return None
-    if command in TOOLS:
+    if command in (*TOOLS, "job"):  # `job`: what a batch script calls
         return _tool(command, sys.argv[2:])
     known = [*COMMANDS, *TOOLS]
     if command not in COMMANDS:
@@ -70,15 +74,17 @@ def main() -> None:
 
 def _tool(command: str, arguments: list[str]) -> None:
     """Run a command about runs that exist."""
-    from alignkit import compare, lineage, resume
+    from alignkit import compare, jobs, lineage, resume
     from alignkit.types import InputError, RunError
 
     if {"-h", "--help"} & set(arguments) or not [a for a in arguments if not a.startswith("-")]:
-        return print(f"usage: alignkit {command} {TOOLS[command]}\n{sys.modules[f'alignkit.{command}'].__doc__}")
+        more = sys.modules.get(f"alignkit.{command}", jobs).__doc__
+        return print(f"usage: alignkit {command} {TOOLS.get(command, '')}\n{more}")
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
     try:
-        {"compare": compare, "lineage": lineage, "resume": resume}[command].main(arguments)
+        own = {"compare": compare, "lineage": lineage, "resume": resume}
+        own[command].main(arguments) if command in own else jobs.main(arguments, command)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -99,7 +105,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from alignkit import config, pipeline, sweep
+    from alignkit import config, pipeline, submit, sweep
     from alignkit.types import InputError, RunError
 
     config.register()
@@ -118,7 +124,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
         try:
             sweep.begin_job(composed, arguments)
             cfg = config.to_config(composed, command)
-            value = pipeline.run_command(cfg)
+            value = submit.run_command(cfg)
             done.extend([] if cfg.dry_run else [pipeline.folder(cfg)])
             return value
         except (InputError, RunError) as error:

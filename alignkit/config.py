@@ -66,8 +66,7 @@ class Stage:
 
     def check(self) -> None:
         """Raise InputError where two fields contradict each other; see the stages below."""
-        if self.launcher.num_ranks < 1:
-            raise InputError(f"launcher.num_ranks={self.launcher.num_ranks}: expected 1 or more")
+        self.launcher.check()
         parts = self.run_name.split("/")
         if any(part in ("", ".", "..") or set(part) - _NAME_LETTERS for part in parts):
             raise InputError(
@@ -233,7 +232,8 @@ class PPO(Stage):
                 f"algorithm.critic_warmup={warmup} with critic.kind=trunk: a critic on the policy's states cannot learn alone"
             )
         self.ptx.check()
-        divides("ptx.mini_batch_size", self.ptx.mini_batch_size, ranks=ranks)
+        if self.ptx.coef:
+            divides("ptx.mini_batch_size", self.ptx.mini_batch_size, ranks=ranks)
         self.algorithm.check(self.group_size, self.rollout_batch_size // self.mini_batch_size)
         self.rollout.check()
         self.rollout.check_unbiased()

@@ -10,13 +10,6 @@ from pathlib import Path
 from typing import Any
 
 
-def run_command(cfg: Any) -> float | None:
-    """A checked config: one stage or all of them. Returns the number a sweeper may optimise."""
-    from alignkit.config import Pipeline
-
-    return run_pipeline(cfg) if isinstance(cfg, Pipeline) else run_stage(cfg)
-
-
 def folder(cfg: Any) -> Path:
     """Where a command writes: a stage's folder, or the one that holds a pipeline's stages."""
     return Path(cfg.runs_dir) / cfg.run_name / ("" if cfg.stage == "pipeline" else cfg.stage)
@@ -30,14 +23,39 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
         RunError: the stage did not reach `done`; its log is named.
     """
     from alignkit import artifacts, sharing
-    from alignkit.config import config_hash, save
-    from alignkit.types import InputError, RunError
+    from alignkit.launch import scheduler
 
     run_dir = cfg.run_dir
     sources = check_inputs(cfg, later or {})
     if cfg.dry_run:
         print(describe(cfg))
         return None
+    origin = origin_of(cfg, sources)
+    manifest = previous(cfg, origin)
+    if manifest is not None and manifest["status"] == "done":
+        print(f"{cfg.stage:<9} kept: {run_dir} is done with this config")
+        return main_metric(manifest)
+    with ExitStack() as held:
+        if cfg.reuse and not run_dir.exists():
+            held.enter_context(sharing.turn(Path(cfg.runs_dir), origin["address"], cfg.stage, run_dir))
+            if made := sharing.find(Path(cfg.runs_dir), origin["address"], cfg.stage):
+                return reuse(run_dir, made)
+        held.enter_context(artifacts.lock(run_dir))
+        (run_dir / scheduler.RECORD).unlink(missing_ok=True)  # of a job that has ended: it is this process now
+        open_run(cfg, "running", origin)
+        try:
+            error = cfg.launcher.run(cfg.stage, run_dir, label or cfg.stage)
+        except KeyboardInterrupt:
+            artifacts.write_manifest(run_dir, status="failed", error="interrupted")
+            raise
+    return main_metric(conclude(run_dir, error, run_dir / "logs" / f"{cfg.stage}.log"))
+
+
+def origin_of(cfg: Any, sources: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the inputs: `inputs` (path and hash of the manifest of the run that made it), and the
+    `contents` and `address` of `sharing`. The inputs were checked, and exist."""
+    from alignkit import artifacts, sharing
+
     inputs = {
         role: {"path": cfg.inputs()[role], "manifest_hash": artifacts.manifest_hash(source.run)}
         for role, source in sources.items()
@@ -45,58 +63,70 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     if maker := artifacts.manifest_hash(Path(cfg.data.path).parent if cfg.data.path else None):  # rows that a run wrote
         inputs["data"] = {"path": cfg.data.path, "manifest_hash": maker}
     contents = sharing.contents(cfg)
-    address = sharing.address(cfg, contents)
-    manifest = _previous(cfg, address, contents)
-    if manifest is not None and manifest["status"] == "done":
-        print(f"{cfg.stage:<9} kept: {run_dir} is done with this config")
-        return main_metric(manifest)
-    with ExitStack() as held:
-        if cfg.reuse and not run_dir.exists():
-            held.enter_context(sharing.turn(Path(cfg.runs_dir), address, cfg.stage, run_dir))
-            if made := sharing.find(Path(cfg.runs_dir), address, cfg.stage):
-                return _reuse(run_dir, made)
-        held.enter_context(artifacts.lock(run_dir))
-        if manifest is not None and not (run_dir / "checkpoints").is_dir():
-            _set_aside(run_dir)  # resume: an unfinished stage starts over, what it wrote is kept aside
-        save(cfg, run_dir / "config.yaml")
-        artifacts.write_manifest(
-            run_dir,
-            stage=cfg.stage,
-            status="running",
-            seed=cfg.seed,
-            config_hash=config_hash(cfg),
-            address=address,
-            contents=contents,
-            inputs=inputs,
-            git_commit=artifacts.git_commit(),
-            versions=artifacts.versions(),
-            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        )
-        try:
-            error = cfg.launcher.run(cfg.stage, run_dir, label or cfg.stage)
-        except KeyboardInterrupt:
-            artifacts.write_manifest(run_dir, status="failed", error="interrupted")
-            raise
+    return {"inputs": inputs, "contents": contents, "address": sharing.address(cfg, contents)}
+
+
+def open_run(cfg: Any, status: str, origin: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
+    """Write config and manifest of a stage that is about to run; the caller holds its folder's lock.
+
+    An attempt that left a checkpoint is gone on with; what one without a checkpoint wrote is put aside, but for `keep`.
+    """
+    from alignkit import artifacts
+    from alignkit.config import config_hash, save
+
+    run_dir = cfg.run_dir
+    before = (artifacts.read_manifest(run_dir) or {}).get("status", "queued")
+    if before != "queued" and not (run_dir / "checkpoints").is_dir():
+        _set_aside(run_dir, keep)
+    save(cfg, run_dir / "config.yaml")
+    artifacts.write_manifest(
+        run_dir,
+        stage=cfg.stage,
+        status=status,
+        error=None,
+        seed=cfg.seed,
+        config_hash=config_hash(cfg),
+        **origin,
+        git_commit=artifacts.git_commit(),
+        versions=artifacts.versions(),
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+
+
+def conclude(run_dir: Path, error: dict | None, log: Path) -> dict[str, Any]:
+    """The manifest of a stage whose processes have ended.
+
+    Args:
+        error: the first error event of its ranks, or None.
+
+    Raises:
+        InputError: a rank refused an input.
+        RunError: it is not done; with the reason and its log.
+    """
+    from alignkit import artifacts
+    from alignkit.types import InputError, RunError
+
     manifest = artifacts.read_manifest(run_dir) or {}
     if manifest.get("status") == "done":
-        return main_metric(manifest)
-    log = run_dir / "logs" / f"{cfg.stage}.log"
+        return manifest
     if manifest.get("status") == "running":
-        artifacts.write_manifest(run_dir, status="failed", error="its processes ended without a word")
+        said = error["error"] if error else "its processes ended without a word"
+        artifacts.write_manifest(run_dir, status="failed", error=said)
     reason = error["error"] if error else f"its processes ended without a word; last line: {_last_line(log)}"
     if error and error["kind"] == "input":
-        raise InputError(f"{cfg.stage}: {reason} (log: {log})")
-    raise RunError(f"{cfg.stage} failed: {reason} (log: {log})")
+        raise InputError(f"{run_dir.name}: {reason} (log: {log})")
+    raise RunError(f"{run_dir.name} failed: {reason} (log: {log})")
 
 
-def _previous(cfg: Any, address: str, contents: dict[str, Any]) -> dict[str, Any] | None:
+def previous(cfg: Any, origin: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of what an earlier command left in the run folder, where this one may keep it or go on with it.
 
     Raises:
-        InputError: it is another's, or `resume` is not set.
+        InputError: it is another's, a job of Slurm works on it, or `resume` is not set.
     """
     from alignkit import artifacts
     from alignkit.config import config_hash
+    from alignkit.launch import scheduler
     from alignkit.types import InputError
 
     run_dir = cfg.run_dir
@@ -106,7 +136,12 @@ def _previous(cfg: Any, address: str, contents: dict[str, Any]) -> dict[str, Any
             f"{run_dir} is a link to {run_dir.readlink()}, which is gone: delete the link and add resume=true"
         )
     manifest = artifacts.read_manifest(run_dir)
-    if manifest is None or (cfg.resume and manifest.get("address") == address):
+    if (job := scheduler.working_on(run_dir)) is not None:
+        raise InputError(
+            f"{run_dir} is in use by Slurm job {job.id} ({job.state}): wait for it, or end it: alignkit cancel {run_dir}"
+        )
+    contents = origin["contents"]
+    if manifest is None or (cfg.resume and manifest.get("address") == origin["address"]):
         return manifest
     if not cfg.resume:
         more = ", or add resume=true" if manifest["status"] != "done" else ""
@@ -123,7 +158,7 @@ def _previous(cfg: Any, address: str, contents: dict[str, Any]) -> dict[str, Any
     return manifest
 
 
-def _reuse(run_dir: Path, made: Path) -> float | None:
+def reuse(run_dir: Path, made: Path) -> float | None:
     """Link the run folder to a finished stage of the same address, and say so."""
     from alignkit import artifacts, sharing
 
@@ -204,14 +239,15 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
     return sources
 
 
-def describe(cfg: Any) -> str:
-    """The resolved config of a stage and the command that would start it."""
+def describe(cfg: Any, script: str | None = None) -> str:
+    """The resolved config of a stage and the command, or the batch script, that would start it."""
     import shlex
 
     from omegaconf import OmegaConf
 
-    command = cfg.launcher.command(cfg.stage, cfg.run_dir, cfg.launcher.port or 29500)
-    return f"# {cfg.stage}\n{OmegaConf.to_yaml(OmegaConf.structured(cfg))}\n$ {shlex.join(command)}\n"
+    if script is None:
+        script = f"$ {shlex.join(cfg.launcher.command(cfg.stage, cfg.run_dir, cfg.launcher.port or 29500))}"
+    return f"# {cfg.stage}\n{OmegaConf.to_yaml(OmegaConf.structured(cfg))}\n{script}\n"
 
 
 def _refuse_existing(root: Path, run_dirs: list[Path]) -> None:
@@ -229,13 +265,13 @@ def _refuse_existing(root: Path, run_dirs: list[Path]) -> None:
             )
 
 
-def _set_aside(run_dir: Path) -> None:
-    """Move what an unfinished attempt wrote to `attempt_<n>/`; the lock file stays."""
+def _set_aside(run_dir: Path, keep: tuple[str, ...]) -> None:
+    """Move what an unfinished attempt wrote to `attempt_<n>/`; the lock file and `keep` stay."""
     number = 1 + len(list(run_dir.glob("attempt_*")))
     target = run_dir / f"attempt_{number}"
     target.mkdir()
     for item in run_dir.iterdir():
-        if item.name != ".lock" and not item.name.startswith("attempt_"):
+        if item.name not in (".lock", *keep) and not item.name.startswith("attempt_"):
             shutil.move(str(item), target / item.name)
 
 

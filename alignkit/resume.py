@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit import artifacts, config, pipeline
+from alignkit import artifacts, config, pipeline, submit
 from alignkit.types import InputError
 
 CHECKPOINT = re.compile(r"(?:step_|checkpoint-)(\d+)")  # of PPO, and TRL's
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     for stage in stages:
         print(f"{stage.stage:<9} {standing(stage.run_dir)}")
     if "--dry-run" not in arguments:
-        pipeline.run_command(cfg)
+        submit.run_command(cfg)
 
 
 def saved_config(run: Path) -> Any:

@@ -8,6 +8,8 @@ cd "$root"
 export WANDB_MODE=offline HF_HUB_OFFLINE=1 # no account and no hub: a model id that is not there is refused at once
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the tests' models are too small to share out; launched ranks set their own
 
+slurm/cluster.sh install || echo "$0: the tests in tests/slurm are skipped" >&2
+
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy

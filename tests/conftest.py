@@ -16,10 +16,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """A file is one group, and so are all tests that read the one run of the pipeline: a group stays in one process."""
+    """A file is one group, and so are all tests that read the one run of the pipeline, and those on the one Slurm cluster:
+    a group stays in one process."""
     for item in items:
-        group = "pipeline" if "pipeline" in item.fixturenames else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        shared = [name for name in ("pipeline", "cluster") if name in item.fixturenames]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,11 @@ class Local:
     threads: int | None = None  # CPU threads a rank; None: the cores divided by the ranks
     port: int | None = None  # of the ranks' rendezvous; None: a free one
 
+    def check(self) -> None:
+        """Raise InputError where a field makes no sense."""
+        if self.num_ranks < 1:
+            raise InputError(f"launcher.num_ranks={self.num_ranks}: expected 1 or more")
+
     def command(self, stage: str, run_dir: Path, port: int) -> list[str]:
         """The launch command: a pure function of its arguments and this config."""
         return [
@@ -46,8 +51,6 @@ class Local:
         Whether the stage succeeded is its manifest's status: a launcher whose child dies of a signal exits with 0.
         Ctrl-C is passed on to the ranks, which end as they see fit.
         """
-        if self.num_ranks < 1:
-            raise InputError(f"launcher.num_ranks={self.num_ranks}: expected 1 or more")
         log = run_dir / "logs" / f"{stage}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         command = self.command(stage, run_dir, self.port or free_port())

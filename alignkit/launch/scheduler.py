@@ -1,0 +1,159 @@
+"""What is asked of Slurm itself: submit, release, cancel, and what has become of a job. Jobs are named by their ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignkit.log import write_atomic
+from alignkit.types import InputError, RunError
+
+RECORD = "slurm.json"  # in the stage's folder: which job works on it
+ENDED_WELL = "COMPLETED"
+FAILED = (
+    *("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
+    "UNKNOWN",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm sees it now."""
+
+    id: str
+    state: str  # PENDING, RUNNING, …; UNKNOWN: Slurm has forgotten it, or never knew
+    reason: str = ""  # why it waits or ended
+    nodes: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Queued or at work."""
+        return self.state not in (ENDED_WELL, *FAILED)
+
+
+def submit(script: str, *, after: Sequence[str] = (), how: str = "afterok", hold: bool = False) -> str:
+    """Submit the text of a batch script; its job's id.
+
+    Args:
+        after: jobs that must end well first; where one does not, this job is cancelled. Slurm takes the id of a job
+            it does not know for one that ended well, so check them with `check_after`, or submit them held.
+        how: afterok; between two arrays aftercorr, where each task waits for its own.
+        hold: it waits for `release`.
+
+    Raises:
+        InputError: Slurm refuses it, with its words.
+    """
+    dependency = [f"--dependency={how}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    held = ["--hold"] if hold else []
+    return _slurm("sbatch", "--parsable", *dependency, *held, stdin=script).split(";")[0].strip()
+
+
+def submit_chain(scripts: Sequence[str], after: Sequence[str] = ()) -> list[str]:
+    """Submit jobs that run one after the other, each only if the one before it ended well; all of them or none.
+
+    The first one is held: `release` it when their ids are written down.
+    """
+    check_after(after)
+    ids: list[str] = []
+    try:
+        for script in scripts:
+            ids.append(submit(script, after=ids[-1:] or after, hold=not ids))
+    except BaseException:
+        cancel(ids)
+        raise
+    return ids
+
+
+def check_after(ids: Iterable[str]) -> None:
+    """Refuse jobs that will never end well.
+
+    Raises:
+        InputError: Slurm does not know one, or it failed.
+    """
+    for job in jobs(ids).values():
+        if job.state in FAILED:
+            known = "Slurm knows no such job" if job.state == "UNKNOWN" else f"that job is {job.state}"
+            raise InputError(
+                f"launcher.after: {job.id}: {known}, so nothing can start after it; give the id of a job that waits, "
+                "runs or ended well"
+            )
+
+
+def release(job: str) -> None:
+    """Let a held job start."""
+    _slurm("scontrol", "release", job)
+
+
+def cancel(ids: Sequence[str]) -> None:
+    """Cancel jobs; those that have ended stay as they are."""
+    if ids:
+        _slurm("scancel", "--quiet", *ids)
+
+
+def jobs(ids: Iterable[str]) -> dict[str, Job]:
+    """{id: what has become of it}, from the controller, and of those it has forgotten from the accounting."""
+    found: dict[str, Job] = {}
+    wanted = list(dict.fromkeys(ids))
+    for job in wanted:  # one a call: squeue refuses a whole list where it knows the last id no more
+        lines = _lines("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N")
+        lines = lines or _lines("sacct", "-XnP", f"--jobs={job}", "--format=State,Reason,NodeList")
+        lines = lines or [f"{line}||" for line in _lines("sacct", "-cnP", f"--jobs={job}", "--format=State")]
+        state, reason, nodes = (lines[0] if lines else "UNKNOWN||").split("|")[:3]
+        reason = "" if reason in ("None", "NonZeroExitCode") else reason
+        found[job] = Job(job, state.split()[0].rstrip("+"), reason, nodes)  # "CANCELLED by 1000"
+    return found
+
+
+def write_record(run_dir: Path, job: str, after: Sequence[str]) -> None:
+    """Note in a stage's folder which job works on it."""
+    record = {"job": job, "after": list(after), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_atomic(run_dir / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def read_record(run_dir: Path) -> str | None:
+    """The id of the job that was last submitted for a stage's folder."""
+    path = run_dir / RECORD
+    return str(json.loads(path.read_text())["job"]) if path.is_file() else None
+
+
+def working_on(run_dir: Path) -> Job | None:
+    """The job that waits or runs for a stage's folder, or None."""
+    job = read_record(run_dir)
+    found = jobs([job])[job] if job else None
+    return found if found and found.active else None
+
+
+def _lines(*command: str) -> list[str]:
+    """What a query prints; nothing where it is refused or not there."""
+    try:
+        return _slurm(*command).splitlines()
+    except (InputError, RunError):
+        return []
+
+
+def _slurm(*command: str, stdin: str | None = None) -> str:
+    """Run a command of Slurm; what it prints.
+
+    Raises:
+        InputError: it refuses.
+        RunError: Slurm is not installed here, or does not answer.
+    """
+    # Of a job we may be inside of, nothing is handed on but where the cluster is.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HYDRA_")) or k == "SLURM_CONF"}
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, env=environment)
+    except FileNotFoundError:
+        raise RunError(
+            f"launcher=slurm: there is no {command[0]} on this machine; submit from one of the cluster"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{command[0]} did not answer in 120 s: is slurmctld up? (sinfo)") from None
+    if done.returncode:
+        said = " ".join(line.removeprefix(f"{command[0]}: ") for line in done.stderr.splitlines() if line.strip())
+        raise InputError(f"{command[0]}: {said or f'exit code {done.returncode}'}")
+    return done.stdout

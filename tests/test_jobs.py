@@ -1,0 +1,128 @@
+"""What `alignkit status|logs|cancel|report` say of a run, from its manifests and from what Slurm knows."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_cli import finished_run, invoke
+
+from alignkit import artifacts, jobs
+from alignkit.launch.scheduler import Job, write_record
+from alignkit.types import InputError
+
+
+def told(status: str, job: Job | None = None, held: bool = False, progress: str = "", **more) -> tuple[str, str]:
+    found = jobs.standing({"stage": "ppo", "status": status, **more}, job, held, progress)
+    return found.status, found.detail
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("done", None, False, "PPO  3/3"), "done", "PPO  3/3"),
+        (("running", None, True, "PPO  1/3"), "running", "PPO  1/3"),
+        (("running", None, False, "PPO  1/3"), "failed", "its processes are gone; PPO  1/3"),
+        (("saved", None, False, "PPO  1/3"), "saved", "PPO  1/3"),
+        (("queued", Job("7", "PENDING", "Dependency")), "queued", "waits: Dependency"),
+        (("saved", Job("7", "PENDING", "BeginTime"), False, "PPO  1/3"), "saved", "waits: BeginTime; PPO  1/3"),
+        (("running", Job("7", "PENDING", "BeginTime"), False, "PPO  1/3"), "queued", "waits: BeginTime; PPO  1/3"),
+        (("queued", Job("7", "RUNNING", "", "n1")), "running", "on n1: starting"),
+        (("running", Job("7", "RUNNING", "", "n1"), False, "PPO  1/3"), "running", "on n1: PPO  1/3"),
+        (("running", Job("7", "COMPLETING", "", "n1"), False, "PPO  1/3"), "running", "on n1: PPO  1/3"),
+        (("queued", Job("7", "CANCELLED", "DependencyNeverSatisfied")), "cancelled", "before it did not end well"),
+        (("running", Job("7", "CANCELLED"), False, "PPO  1/3"), "cancelled", "by scancel; PPO  1/3"),
+        (("running", Job("7", "TIMEOUT", "TimeLimit"), False, "PPO  1/3"), "failed", "TIMEOUT TimeLimit; PPO  1/3"),
+        (("running", Job("7", "OUT_OF_MEMORY")), "failed", "OUT_OF_MEMORY"),
+        (("saved", Job("7", "FAILED")), "saved", "FAILED"),
+        (("running", Job("7", "UNKNOWN")), "failed", "Slurm does not know that job any more"),
+        (("done", Job("7", "COMPLETED")), "done", ""),
+    ],
+)
+def test_manifest_and_slurm_together(arguments, status, words):
+    found, detail = told(*arguments)
+    assert (found, words in detail) == (status, True), detail
+
+
+def test_a_failed_stage_says_its_error():
+    assert told("failed", Job("7", "FAILED"), error="RunError: the loss is nan") == (
+        "failed",
+        "RunError: the loss is nan",
+    )
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run with three stages, in the order of their names another than that of their work."""
+    root = tmp_path / "runs" / "mine"
+    for stage in ("sft", "reward", "ppo"):
+        finished_run(root / stage, stage, tmp_path / "model")
+    artifacts.write_manifest(root / "ppo", status="running")
+    (root / "ppo" / "logs").mkdir()
+    events = [{"note": "x"}, {"what": "PPO", "done": 2, "total": 8, "unit": "step", "numbers": {"score": 0.5}}]
+    (root / "ppo" / "logs" / "progress.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (root / "ppo" / "logs" / "ppo.log").write_text("one\ntwo\n")
+    return root
+
+
+def test_status_of_a_local_run_by_folder_or_by_name(run):
+    for name in ("runs/mine", "mine"):
+        result = invoke("status", name, cwd=run.parents[1])
+        assert (result.code, result.err) == (0, "")
+        lines = [line.split() for line in result.out.splitlines()]
+        assert [line[:2] for line in lines] == [["sft", "done"], ["reward", "done"], ["ppo", "failed"]]
+        assert "its processes are gone; PPO  2/8  score 0.500" in result.out
+    with artifacts.lock(run / "ppo"):
+        assert jobs.status(run / "ppo") == [jobs.Standing("ppo", "running", "", "PPO  2/8  score 0.500")]
+    assert jobs.status(run / "ppo")[0].status == "failed"  # asking did not hold it
+
+
+def test_a_job_is_not_asked_for_where_there_is_no_slurm(run, monkeypatch):
+    """On a machine without Slurm the manifests still speak."""
+    write_record(run / "ppo", "7", [])
+    monkeypatch.setenv("PATH", "")
+    assert jobs.status(run / "ppo")[0].detail.startswith("Slurm does not know that job any more; PPO  2/8")
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "report"])
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, command):
+    result = invoke(command, "nothing", cwd=tmp_path)
+    assert (result.code, result.out) == (2, "") and "no run there" in result.err and result.err.count("\n") == 1
+    assert invoke(command, cwd=tmp_path).out.startswith(f"usage: alignkit {command} RUN")
+
+
+def test_logs_are_those_of_the_newest(run):
+    command = [sys.executable, "-m", "alignkit", "logs", str(run)]
+    done = subprocess.run([*command, "-n", "1"], capture_output=True, text=True)
+    assert done.stdout == f"==> {run}/ppo/logs/ppo.log\ntwo\n" and done.returncode == 0
+    with pytest.raises(InputError, match="no log yet"):
+        jobs.show_logs(run / "sft")
+
+
+def test_cancel_ends_the_process_that_works_there(run):
+    hold = f"from alignkit import artifacts; from pathlib import Path; import time\nwith artifacts.lock(Path({str(run / 'ppo')!r})):\n    print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    out = invoke("cancel", str(run), cwd=run).out
+    assert out == f"told to end: process {process.pid} ({run}/ppo)\n"
+    assert process.wait(10) == -signal.SIGTERM
+    assert "nothing of it is queued or running" in invoke("cancel", str(run), cwd=run).out
+
+
+def test_the_error_of_this_attempt_and_not_of_the_one_before(tmp_path):
+    (tmp_path / "logs").mkdir()
+    now = time.time()
+    events = [
+        {"error": "old", "kind": "run", "rank": 0, "time": now - 900},
+        {"error": "first", "kind": "run", "rank": 1, "time": now},
+        {"error": "lost connection", "kind": "run", "rank": 0, "time": now + 1},
+    ]
+    (tmp_path / "logs" / "progress.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now - 60))
+    error = jobs.first_error(tmp_path, started)
+    assert error is not None and error["error"] == "first"
