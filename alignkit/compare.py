@@ -273,11 +273,17 @@ def _on_screen(lines: list[list[str]]) -> Any:
     flat = len(lines[0]) <= MANY
     head, *rows = [short_head, *lines[1:]] if flat else [list(column) for column in zip(*lines, strict=True)]
     for heading, *cells in zip(head, *rows, strict=True):
-        longest = max(len(word) for cell in (heading, *cells) for word in cell.split() or [""])
+        longest = max(len(word) for cell in (heading, *map(_brief, cells)) for word in cell.split() or [""])
         drawn.add_column(Text(heading), overflow="fold", min_width=min(longest, 24))  # numbers are not broken
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*(Text(_brief(cell)) for cell in row))
     return drawn
+
+
+def _brief(cell: str) -> str:
+    """A setting that a sampler drew, as 0.01442579748790888, in four digits; anything else as it is."""
+    value = number(cell) if len(cell) > 8 else None
+    return cell if value is None else f"{value:.4g}"
 
 
 def _html(runs: Sequence[Run], names: list[str]) -> str:
