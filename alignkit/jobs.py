@@ -150,12 +150,13 @@ def show_logs(run: Path, *flags: str) -> None:
 def cancel(run: Path) -> None:
     """alignkit cancel RUN: end its jobs, last ones first, and its processes on this machine."""
     ended = 0
-    known = scheduler.jobs(job for folder in stage_folders(run) if (job := scheduler.read_record(folder)))
+    own = [folder for folder in stage_folders(run) if not folder.is_symlink()]  # the others are of other runs too
+    known = scheduler.jobs(job for folder in own if (job := scheduler.read_record(folder)))
     if active := [job for job in known.values() if job.active]:
         scheduler.cancel([job.id for job in reversed(active)])
         print(f"cancelled: {', '.join(f'job {job.id} ({job.state})' for job in active)}")
         ended += len(active)
-    for folder in stage_folders(run):
+    for folder in own:
         holder = re.match(r"process (\d+)", (folder / ".lock").read_text()) if is_held(folder) else None
         if holder:
             os.kill(int(holder[1]), signal.SIGTERM)

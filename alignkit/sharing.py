@@ -26,10 +26,24 @@ from alignkit.config import config_hash
 from alignkit.data import Data, fingerprint
 from alignkit.types import InputError
 
+UNDER_WAY = ("queued", "running", "saved")
 
-def contents(cfg: Any) -> dict[str, str]:
-    """{config key of a path: hash of what lies there} of a stage whose inputs exist; of a hub id, the id itself."""
-    return {key: read() for key, read in readers(cfg).items()}
+
+def contents(cfg: Any, planned: dict[str, str] | None = None) -> dict[str, str]:
+    """{config key of a path: hash of what lies there} of a stage; of a hub id, the id itself.
+
+    Args:
+        planned: {folder of a stage that is not made yet: its address}, which stands for what will lie there.
+    """
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.structured(cfg)
+    found = {}
+    for key, read in readers(cfg).items():
+        path = Path(OmegaConf.select(node, key))
+        ahead = next((plan for folder, plan in (planned or {}).items() if Path(folder) in (path, path.parent)), None)
+        found[key] = read() if ahead is None else f"planned {ahead} {path.name if path.suffix else ''}"
+    return found
 
 
 def readers(cfg: Any) -> dict[str, Callable[[], str]]:
@@ -64,11 +78,7 @@ def address(cfg: Any, held: dict[str, str]) -> str:
 
 def find(runs_dir: Path, wanted: str, stage: str) -> Path | None:
     """The folder of a finished stage of that address under `runs_dir`, whose files are what its manifest says; else None."""
-    for folder, folders, files in os.walk(runs_dir):
-        folders[:] = [] if "manifest.json" in files else sorted(folders)  # a stage's own folders hold no stages
-        if "manifest.json" not in files:
-            continue
-        run = Path(folder)
+    for run in _stages(runs_dir):
         with contextlib.suppress(InputError):  # a damaged manifest is another run's trouble
             manifest = artifacts.read_manifest(run) or {}
             if (manifest.get("stage"), manifest.get("address"), manifest.get("status")) == (stage, wanted, "done"):
@@ -76,6 +86,21 @@ def find(runs_dir: Path, wanted: str, stage: str) -> Path | None:
                     return run
                 print(f"{stage:<9} {run} is not reused: its model/ changed since it was made")
     return None
+
+
+def under_way(runs_dir: Path, plan: str, stage: str) -> Path | None:
+    """The folder of a stage of that address that a job was queued for and that is not done, under `runs_dir`."""
+    for run in _stages(runs_dir):
+        with contextlib.suppress(InputError):
+            manifest = artifacts.read_manifest(run) or {}
+            if (manifest.get("stage"), manifest.get("plan")) == (stage, plan) and manifest.get("status") in UNDER_WAY:
+                return run
+    return None
+
+
+def is_done(run_dir: Path) -> bool:
+    """Whether the folder, or the one it links to, holds a finished stage."""
+    return (artifacts.read_manifest(run_dir) or {}).get("status") == "done"
 
 
 def link(run_dir: Path, made: Path) -> None:
@@ -115,6 +140,14 @@ def turn(runs_dir: Path, wanted: str, stage: str, run_dir: Path) -> Iterator[Non
         file.write(f"{run_dir} (process {os.getpid()})")
         file.flush()
         yield
+
+
+def _stages(runs_dir: Path) -> Iterator[Path]:
+    """The folders of stages under `runs_dir`; those that links stand for come once."""
+    for folder, folders, files in os.walk(runs_dir):
+        folders[:] = [] if "manifest.json" in files else sorted(folders)  # a stage's own folders hold no stages
+        if "manifest.json" in files:
+            yield Path(folder)
 
 
 def _model(path: str, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,35 +41,72 @@ def submit(cfg: Any, stages: list[Any]) -> None:
     from alignkit.config import save
 
     root = Path(cfg.runs_dir) / cfg.run_name
-    chain: list[Any] = []
-    made: dict[str, str] = {}
-    for stage in stages:
-        stage.launcher, stage.resume = stage.launcher.at_site(), cfg.resume
-        made |= in_the_making(stage)
-        sources = pipeline.check_inputs(stage, made)
-        if cfg.dry_run or not is_kept(stage, sources, made):
-            chain.append(stage)
-            made[str(stage.run_dir)] = stage.stage
-    last = stages[-1] if len(stages) > 1 else None
-    scripts = [job_script([stage], report=stage is last) for stage in chain]
-    if cfg.dry_run:
-        for stage, script in zip(chain, scripts, strict=True):
-            print(pipeline.describe(stage, script))
-    if cfg.dry_run or not chain:
-        return
-    with artifacts.lock(root):
-        first = list(chain[0].launcher.after)
+    with ExitStack() as held:
+        chain, plans, waits = _chain(cfg, stages, held)
+        last = stages[-1] if len(stages) > 1 else None
+        scripts = [job_script([stage], report=stage is last) for stage in chain]
+        if cfg.dry_run:
+            for stage, script in zip(chain, scripts, strict=True):
+                print(pipeline.describe(stage, script))
+        if cfg.dry_run or not chain:
+            return
+        held.enter_context(artifacts.lock(root))
+        first = [*chain[0].launcher.after, *waits]
         ids = scheduler.submit_chain(scripts, after=first)
         try:
             if len(stages) > 1:
                 save(cfg, root / "pipeline.yaml")  # for `alignkit resume`
             for stage, script, job, after in zip(chain, scripts, ids, [first, *([i] for i in ids)], strict=False):
-                open_job(stage, script, job, after)
+                open_job(stage, script, job, after, plans[str(stage.run_dir)])
             scheduler.release(ids[0])
         except BaseException:
             scheduler.cancel(ids)  # the first one is still held
             raise
     print(f"\n  alignkit status {root}\n  alignkit logs {root}\n  alignkit cancel {root}")
+
+
+def _chain(cfg: Any, stages: list[Any], held: ExitStack) -> tuple[list[Any], dict[str, str], list[str]]:
+    """The stages that need a job of their own, {run folder: address} of what is to be made, and the jobs of other runs
+    that make the stages before them.
+
+    A stage that another run has made, or has a job for, is linked to; `held` keeps others from queuing the same until
+    the jobs are in.
+    """
+    chain: list[Any] = []
+    waits: list[str] = []
+    made: dict[str, str] = {}
+    plans: dict[str, str] = {}
+    for stage in stages:
+        stage.launcher, stage.resume = stage.launcher.at_site(), cfg.resume
+        made |= in_the_making(stage)
+        if cfg.resume and stage.run_dir.is_symlink() and not sharing.is_done(stage.run_dir):
+            stage.run_dir.unlink()  # to a stage of another run that did not end well, or has yet to be made
+        sources = pipeline.check_inputs(stage, made)
+        plan = sharing.address(stage, sharing.contents(stage, {path: plans.get(path, path) for path in made}))
+        if not cfg.dry_run:
+            if stage.reuse and not stage.run_dir.exists():
+                held.enter_context(sharing.turn(Path(cfg.runs_dir), plan, stage.stage, stage.run_dir))
+            if is_kept(stage, sources, made):
+                continue
+        made[str(stage.run_dir)], plans[str(stage.run_dir)] = stage.stage, plan
+        if not cfg.dry_run and (job := _shared_job(stage, plan)):
+            waits.append(job)
+        else:
+            chain.append(stage)
+    return chain, plans, waits
+
+
+def _shared_job(stage: Any, plan: str) -> str | None:
+    """The job of another run that makes the same stage: its folder is linked to, and said."""
+    twin = None
+    if stage.reuse and not stage.run_dir.exists():
+        twin = sharing.under_way(Path(stage.runs_dir), plan, stage.stage)
+    job = scheduler.working_on(twin) if twin else None
+    if twin is None or job is None:
+        return None
+    sharing.link(stage.run_dir, twin)
+    print(f"{stage.stage:<9} kept: job {job.id} makes it in {twin}")
+    return job.id
 
 
 def is_kept(stage: Any, sources: dict[str, Any], made: dict[str, str]) -> bool:
@@ -114,10 +152,10 @@ def submit_array(stages: list[Any], after: list[str], how: str = "afterok", at_o
     return array
 
 
-def open_job(stage: Any, script: str, job: str, after: list[str]) -> None:
+def open_job(stage: Any, script: str, job: str, after: list[str], plan: str = "") -> None:
     """Write what a queued job finds in its folder when it starts."""
     (stage.run_dir / "logs").mkdir(parents=True, exist_ok=True)  # or the job ends without a word
-    pipeline.open_run(stage, "queued", NOTHING_KNOWN, keep=("logs",))
+    pipeline.open_run(stage, "queued", NOTHING_KNOWN | {"plan": plan}, keep=("logs",))
     (stage.run_dir / "submit.sbatch").write_text(script)
     scheduler.write_record(stage.run_dir, job, after)
     print(f"{stage.stage:<9} queued: job {job}")
