@@ -59,7 +59,7 @@ def last_stage(run: Path) -> Path:
 def trace(run: Path) -> Node:
     """What a stage's manifest says it was made of, with what is there now, and the same of every run it read.
 
-    {"run", "stage", "status", "started", "seed", "commit", "versions", "manifest",
+    {"run", "stage", "status", "started", "seed", "commit", "versions", "manifest", "recorded",
      "held": [{"what", "path", "hash", "now", "why", "run": node of the run that made it, or None}]}
     `now` is None where the thing is gone, and `why` says so.
     """
@@ -88,6 +88,7 @@ def trace(run: Path) -> Node:
         **facts,
         "versions": manifest.get("versions", {}),
         "manifest": artifacts.manifest_hash(run),
+        "recorded": "contents" in manifest,  # false of runs older than this record
         "held": [*own, *_inputs(run, manifest)],
     }
 
@@ -170,14 +171,12 @@ def tree(node: Node, seen: set[str], prefix: str = "") -> list[str]:
     inner = re.sub("[├└]─ $", lambda found: "│  " if found[0][0] == "├" else "   ", prefix)
     versions = " ".join(f"{name} {version}" for name, version in node["versions"].items())
     lines = [f"{prefix}{node['run']}  {made}", f"{inner}├─ commit {node['commit'] or 'unknown'}, {versions}"]
+    if not node["recorded"]:
+        lines.append(f"{inner}├─ what it read was not recorded when it ran")
     for entry in node["held"]:
         mark = "└" if entry is node["held"][-1] else "├"
         state = "" if entry["now"] == entry["hash"] else "  GONE" if entry["now"] is None else f"  NOW {entry['now']}"
-        lines.append(f"{inner}{mark}─ {entry['what']}  {entry['path']}  {entry['hash']}{rows(entry)}{state}")
+        lines.append(f"{inner}{mark}─ {entry['what']}  {entry['path']}  {entry['hash']}{state}")
         if entry["run"]:
             lines += tree(entry["run"], seen, f"{inner}{'│' if mark == '├' else ' '}  └─ ")
     return lines
-
-
-def rows(entry: Node) -> str:
-    return f", {entry['rows']} rows" if entry.get("rows") else ""
