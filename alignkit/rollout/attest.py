@@ -78,13 +78,13 @@ class Canary:
     def score(self, roles: torch.nn.Module, rollouts: Rollouts, temperature: float | None = None) -> torch.Tensor:
         """The trainer's log-probs [N, TOKENS] of what the engine sampled."""
         device = next(roles.parameters()).device
-        rows = (part.to(device) for part in rollouts.flush_left())
+        ids, mask, starts = (part.to(device) for part in rollouts.flush_left())
 
-        def policy(ids: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor, slots: int) -> torch.Tensor:
-            return roles("policy", ids, mask, starts, slots, temperature or self.temperature)[0]
+        def policy(*rows: Any) -> torch.Tensor:
+            return roles("policy", *rows, temperature or self.temperature)[0]
 
         slots = rollouts.response_mask.shape[1]
-        return batches.map_rows(policy, *rows, slots, len(rollouts.response_mask)).float().cpu()
+        return batches.map_rows(policy, ids, mask, starts, slots, len(ids)).float().cpu()
 
     def too_far(self, largest: float, mean: float) -> bool:
         bound, mean_bound = BOUNDS[self.dtype]
