@@ -64,7 +64,7 @@ def standing(manifest: dict[str, Any], job: scheduler.Job | None, held: bool, pr
         return Standing(stage, "running", number, f"on {job.nodes or '?'}: {progress or 'starting'}")
     if job.state == "CANCELLED":
         why = "the job before it did not end well" if job.reason.startswith("Dependency") else "by scancel"
-        return Standing(stage, "cancelled", number, why + (f"; {progress}" if status != "queued" else ""))
+        return Standing(stage, "cancelled", number, why + (f"; {progress}" if progress else ""))
     what = "Slurm does not know that job any more" if job.state == "UNKNOWN" else f"{job.state} {job.reason}".strip()
     return Standing(stage, "saved" if status == "saved" else "failed", number, f"{what}; {progress}".rstrip("; "))
 
@@ -195,7 +195,11 @@ def job_step(step: str, run_dir: Path) -> int:
         print(f"{run_dir} is done")
         return WAS_DONE
     cfg = config.load(run_dir / "config.yaml", manifest["stage"])
-    origin = pipeline.origin_of(cfg, pipeline.check_inputs(cfg, {}))
+    try:
+        origin = pipeline.origin_of(cfg, pipeline.check_inputs(cfg, {}))
+    except InputError as error:
+        artifacts.write_manifest(run_dir, status="failed", error=str(error))
+        raise
     with artifacts.lock(run_dir):
         pipeline.open_run(cfg, "running", origin, keep=KEPT)
     return 0

@@ -98,7 +98,7 @@ def test_a_stage_that_fails_cancels_the_later_ones_and_says_why(cluster, work):
     rows.write_text((work / "rows.jsonl").read_text())
     runs = work / "runs"
     first = submitted(
-        "sft", f"runs_dir={runs}", "run_name=fails", f"model.path={work / 'model'}", f"data.path={rows}", "launcher.flags=[--hold]",
+        "sft", f"runs_dir={runs}", "run_name=fails", f"model.path={work / 'model'}", f"data.path={rows}", 'launcher.flags=["--begin=now+1hour"]',
         run_dir=runs / "fails" / "sft",
     )  # fmt: skip
     second = submitted(
@@ -106,7 +106,7 @@ def test_a_stage_that_fails_cancels_the_later_ones_and_says_why(cluster, work):
         f"launcher.after=[{first}]", run_dir=runs / "fails" / "reward",
     )  # fmt: skip
     rows.unlink()
-    scheduler.release(first)
+    cluster.ask("scontrol", "update", f"JobId={first}", "StartTime=now")
     assert cluster.ended(first) == "FAILED" and cluster.show(first)["ExitCode"] == "2:0", logs(runs / "fails" / "sft")
     assert cluster.ended(second) == "CANCELLED"
     sft, reward = jobs.status(runs / "fails")
@@ -116,7 +116,7 @@ def test_a_stage_that_fails_cancels_the_later_ones_and_says_why(cluster, work):
 
 def test_a_run_folder_with_a_job_is_in_use_until_it_is_cancelled(cluster, work):
     name, run_dir = "held", work / "runs" / "held" / "ppo"
-    job = submitted(*ppo(work, name), "launcher.flags=[--begin=now+1hour]", run_dir=run_dir)
+    job = submitted(*ppo(work, name), 'launcher.flags=["--begin=now+1hour"]', run_dir=run_dir)
     for more in (["resume=true"], [*LAUNCHER, "resume=true"]):
         refused = alignkit(*ppo(work, name, *more))
         assert refused.returncode == 2 and f"in use by Slurm job {job} (PENDING)" in refused.stderr
