@@ -94,13 +94,20 @@ def git_commit() -> str | None:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the kernel lets go of it when the process ends, however it ends.
+    """Hold `folder` for this process and the launcher it starts; the kernel lets go of it when they end, however they end.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error}): choose another runs_dir=, or mend its rights"
+        ) from None
+    with opened as file:
+        os.set_inheritable(file.fileno(), True)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -108,7 +115,7 @@ def lock(folder: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             raise InputError(f"{folder} is in use by {holder}: wait for it, or choose another run_name=") from None
         file.truncate(0)
-        file.write(f"process {os.getpid()}, since {time.strftime('%H:%M:%S')}")
+        file.write(f"process {os.getpid()} or a launcher of its, since {time.strftime('%H:%M:%S')}")
         file.flush()
         yield
 

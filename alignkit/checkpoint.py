@@ -1,24 +1,32 @@
-"""Checkpoints of the PPO stage: written aside, digested, synced to disk, renamed; the newest whole one is gone on from.
+"""Checkpoints: written aside, digested, synced to disk, renamed, read back; the newest whole one is gone on from.
 
 <run_dir>/checkpoints/step_000010/
-    state.json             the step that comes next, prompts' cursor, KL controller, moments, versions, schedules
-    rank_0.safetensors     the random generators of each rank
-    policy/  critic/       what DeepSpeed saves of each engine: weights and optimizer
+    state.json             the step that comes next and what the stage keeps beside its tensors
     digests.json           SHA-256 of every other file; written last
+    PPO:                   rank_0.safetensors (random generators of each rank), policy/ and critic/ (`Engine.save`)
+    SFT and reward:        what transformers' Trainer writes
+
+The name of a folder appears with a rename once all of it is on disk, so a kill while it is written leaves a `.partial` one.
+PPO's holds whole tensors, whatever the number of ranks and the ZeRO stage were, so another number of ranks goes on from it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alignkit.types import InputError, RunError
@@ -28,16 +36,19 @@ DIGESTS = "digests.json"
 
 def save(
     run_dir: Path, state: dict[str, Any], generators: dict[str, torch.Generator], engines: dict[str, Any], world: Any,
-    keep_last: int,
+    keep_last: int, keep_best: str | None = None,
 ) -> Path:  # fmt: skip
-    """Write `checkpoints/step_<state["step"]>/` and then remove all but the last `keep_last`. Called by every rank.
+    """Write `checkpoints/step_<state["step"]>/` and remove those that are not kept. Called by every rank.
+
+    Args:
+        state: what goes into state.json; `merit` is the value of the metric of `keep_best`.
 
     Raises:
         RunError: it could not be written, the disk being full for instance; those before it are as they were.
     """
     final = run_dir / "checkpoints" / f"step_{state['step']:06d}"
     partial = final.with_name(final.name + ".partial")
-    try:
+    with intact(final, partial):
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -45,46 +56,122 @@ def save(
         for role, engine in engines.items():
             engine.save(partial / role)
         streams = {name: generator.get_state() for name, generator in generators.items()}
-        save_file(streams | {"torch": torch.get_rng_state()}, partial / f"rank_{world.rank}.safetensors")
+        save_file(streams | global_streams(), partial / f"rank_{world.rank}.safetensors")
         world.barrier()
         if world.rank == 0:
             state = state | {"world_size": world.size, "schedules": {r: e.update for r, e in engines.items()}}
-            (partial / "state.json").write_text(json.dumps(state))
-            files = sorted(path for path in partial.rglob("*") if path.is_file())
-            digests = {path.relative_to(partial).as_posix(): digest(path) for path in files}
-            (partial / DIGESTS).write_text(json.dumps(digests, indent=1))
-            for path in [*files, partial / DIGESTS, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
-                sync(path)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-            partial.rename(final)
-            sync(final.parent)
-            for old in steps(run_dir)[keep_last:]:
-                shutil.rmtree(old)
-    except OSError as error:
-        raise RunError(f"the checkpoint {final} cannot be written: {error}; those before it are intact") from error
+            publish(partial, final, state, keep_last, keep_best)
     world.barrier()
     return final
+
+
+@contextmanager
+def intact(final: Path, partial: Path) -> Iterator[None]:
+    """What cannot be written is removed and said; nothing else is touched."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's is a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise RunError(f"the checkpoint {final} cannot be written: {error}; those before it are intact") from error
+
+
+def publish(partial: Path, final: Path, state: dict[str, Any], keep_last: int, keep_best: str | None) -> None:
+    """Give a folder that is written its state, digests and name; then remove older ones. Called by rank 0.
+
+    Raises:
+        RunError: it does not read back as it was written. Nothing was removed.
+    """
+    (partial / "state.json").write_text(json.dumps(state))
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    digests = {path.relative_to(partial).as_posix(): digest(path) for path in files}
+    (partial / DIGESTS).write_text(json.dumps(digests, indent=1))
+    for path in [*files, partial / DIGESTS, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+    partial.rename(final)
+    sync(final.parent)
+    if (fault := damage(final)) is not None:
+        raise RunError(f"the checkpoint {final} does not read back as it was written ({fault}): is the disk sound?")
+    for old in superseded(final.parent.parent, keep_last, keep_best):
+        shutil.rmtree(old)
+
+
+def superseded(run_dir: Path, keep_last: int, keep_best: str | None) -> list[Path]:
+    """Those that are neither among the last `keep_last` nor the best by the metric of `keep_best`."""
+    found = steps(run_dir)
+    old = found[keep_last:]
+    if keep_best is None:
+        return old
+    sign = -1.0 if keep_best.startswith("-") else 1.0
+    known = {path: float(merit) for path in found if (merit := state_of(path).get("merit")) is not None}
+    merits = {path: sign * merit for path, merit in known.items() if math.isfinite(merit)}
+    best = max(merits, key=lambda path: merits[path], default=None)
+    return [path for path in old if path != best]
+
+
+def merit(metrics: dict[str, float], keep_best: str | None) -> float | None:
+    """The value of the metric that `keep_best` names.
+
+    Raises:
+        InputError: nothing of that name is logged.
+    """
+    if keep_best is None:
+        return None
+    name = keep_best.removeprefix("-")
+    if name not in metrics:
+        raise InputError(f"keep_best={keep_best}: no such metric; this stage logs {', '.join(sorted(metrics))}")
+    return metrics[name]
 
 
 def load(path: Path, generators: dict[str, torch.Generator], engines: dict[str, Any], world: Any) -> dict[str, Any]:
     """Put the checkpoint into engines and generators; the `state` it was saved with.
 
-    Raises:
-        InputError: it is of another number of ranks.
+    Ranks beyond those that saved it take the global generators of one that did. Only dropout and reward functions draw
+    from them: PPO's own streams are keyed by seed, step, prompt and sample, or are the same on every rank.
     """
-    state = json.loads((path / "state.json").read_text())
-    if state["world_size"] != world.size:
-        raise InputError(
-            f"{path} is of {state['world_size']} ranks, this run has launcher.num_ranks={world.size}: resume with "
-            f"launcher.num_ranks={state['world_size']}"
-        )
+    state = state_of(path)
     for role, engine in engines.items():
         engine.load(path / role, state["schedules"][role])
-    streams = load_file(path / f"rank_{world.rank}.safetensors")
+    streams = load_file(path / f"rank_{world.rank % state['world_size']}.safetensors")
     for name, generator in generators.items():
         generator.set_state(streams[name])
-    torch.set_rng_state(streams["torch"])
+    set_global_streams(streams)
     return state
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint; {} where it has none that can be read."""
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def global_streams() -> dict[str, torch.Tensor]:
+    """The generators of torch, numpy and Python that belong to this process, as tensors."""
+    _, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    found = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor(np.append(np.asarray(keys, np.int64), [position, has_gauss])),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    return found | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_global_streams(streams: dict[str, torch.Tensor]) -> None:
+    """Put back what `global_streams` found."""
+    torch.set_rng_state(streams["torch"])
+    gauss = streams["python_gauss"].tolist()
+    random.setstate((3, tuple(streams["python"].tolist()), gauss[0] if gauss else None))
+    *keys, position, has_gauss = streams["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, float(streams["numpy_gauss"])))
+    if "cuda" in streams and torch.cuda.is_available():
+        torch.cuda.set_rng_state(streams["cuda"])
 
 
 def newest(run_dir: Path, say: Callable[[str], None]) -> Path | None:
@@ -136,9 +223,10 @@ def digest(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or folder."""
+    """fsync of a file or folder; what is read of it next comes from the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)

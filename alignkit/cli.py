@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ first run: alignkit pipeline +experiment=quickstart
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a run failed, 2 an input was refused, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 a run failed, 2 an input was refused, 75 stopped and saved, 130 interrupted."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `alignkit ppo --help | head` ends without a traceback
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help", "help"):
@@ -106,7 +107,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from alignkit import config, pipeline, submit, sweep
-    from alignkit.types import InputError, RunError
+    from alignkit.types import InputError, RunError, Saved
 
     config.register()
     arguments = sorted(arguments, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it at an end
@@ -127,14 +128,16 @@ def _hydra(command: str, arguments: list[str]) -> None:
             value = submit.run_command(cfg)
             done.extend([] if cfg.dry_run else [pipeline.folder(cfg)])
             return value
-        except (InputError, RunError) as error:
+        except (InputError, RunError, Saved) as error:
+            if sweeping and isinstance(error, Saved):
+                raise  # the sweep was asked to stop, not this job alone
             stopped.append(error)  # raised below: Hydra would put a line of its own before it
             if sweeping:
                 print(f"alignkit: {error}", file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
-    stopped: list[InputError | RunError] = []
+    stopped: list[InputError | RunError | Saved] = []
     done: list[Path] = []
     sweeping = bool({"-m", "--multirun"} & set(arguments))
     try:
@@ -149,6 +152,10 @@ def _hydra(command: str, arguments: list[str]) -> None:
             raise SystemExit(1 if any(isinstance(error, RunError) for error in stopped) else 2)
         if stopped:
             raise stopped[0]
+    except Saved as saved:
+        again = [*(a for a in arguments if not a.startswith("resume=")), "resume=true"]
+        print(f"{saved}; go on with: alignkit {command} {shlex.join(again)}", file=sys.stderr)
+        raise SystemExit(Saved.CODE) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

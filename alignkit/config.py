@@ -47,7 +47,7 @@ class Stage:
     runs_dir: str = "runs"  # where run folders are made
     seed: int = 0  # of data order, sampling, dropout and new weights
     dry_run: bool = False  # print the resolved config and the launch command, start nothing
-    resume: bool = False  # a finished run of this name is kept; an unfinished one is set aside and started over
+    resume: bool = False  # a finished run of this name is kept; an unfinished one goes on from its newest checkpoint
     reuse: bool = False  # link to a finished stage of the same config and inputs under runs_dir, if there is one
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -82,7 +82,25 @@ _NAME_LETTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 
 
 @dataclass
-class TrainStage(Stage):
+class Resumable(Stage):
+    """What a stage with checkpoints is told beside."""
+
+    save_steps: int = 0  # a checkpoint every so many steps; 0: only where a signal or a deadline stops the run
+    keep_last: int = 2  # checkpoints kept
+    keep_best: str | None = None  # beside them the best by this metric, as objective/score ("-<metric>": the lowest)
+    max_seconds: float = 0  # save and stop with exit code 75 before so many seconds have passed; 0: no limit
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "keep_last")
+        if min(self.save_steps, self.max_seconds) < 0:
+            raise InputError(
+                f"save_steps={self.save_steps}, max_seconds={self.max_seconds:g}: expected 0 (off) or more"
+            )
+
+
+@dataclass
+class TrainStage(Resumable):
     """What a stage trained by TRL is told beside."""
 
     finetune: Any = MISSING
@@ -95,7 +113,6 @@ class TrainStage(Stage):
     mini_batch_size: int = 16  # sequences (pairs) of one optimizer step, over all ranks
     micro_batch_size: int = 8  # sequences (pairs) of one forward on one device
     gradient_checkpointing: bool = False  # less memory for a third more compute
-    save_steps: int = 0  # a checkpoint every so many optimizer steps; 0: none but the model at the end
 
     groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "finetune")
 
@@ -104,12 +121,8 @@ class TrainStage(Stage):
         positive(self, "max_length", "mini_batch_size", "micro_batch_size")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"eval_fraction={self.eval_fraction}: a fraction of the rows, 0 <= eval_fraction < 1")
-        divides(
-            "mini_batch_size",
-            self.mini_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            ranks=self.launcher.num_ranks,
-        )
+        ranks = self.launcher.num_ranks
+        divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
 
 
 @dataclass
@@ -171,7 +184,7 @@ class Sample(Stage):
 
 
 @dataclass
-class PPO(Stage):
+class PPO(Resumable):
     """Proximal policy optimisation against a reward."""
 
     finetune: Any = MISSING
@@ -190,8 +203,6 @@ class PPO(Stage):
     max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
     keep_shared_states: bool = True  # of a round, after the blocks no role adapts: B x (Lp + Lr) x hidden numbers
     sample_every: int = 1  # write some rollouts to samples.jsonl every so many steps
-    save_steps: int = 0  # a checkpoint every so many steps, to go on from after an interruption; 0: none
-    keep_last: int = 2  # checkpoints kept
 
     stage: ClassVar[str] = "ppo"
     groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "finetune", "algorithm", "rollout")
@@ -199,18 +210,8 @@ class PPO(Stage):
     def check(self) -> None:
         super().check()
         _some_reward(self)
-        positive(
-            self,
-            "steps",
-            "rollout_batch_size",
-            "mini_batch_size",
-            "micro_batch_size",
-            "group_size",
-            "max_prompt_length",
-            "keep_last",
-        )
-        if self.save_steps < 0:
-            raise InputError(f"save_steps={self.save_steps}: expected 0 (none) or more")
+        positive(self, "steps", "rollout_batch_size", "mini_batch_size", "micro_batch_size", "group_size")
+        positive(self, "max_prompt_length")
         if self.mini_batch_size > self.rollout_batch_size:
             raise InputError(
                 f"mini_batch_size={self.mini_batch_size} > rollout_batch_size={self.rollout_batch_size}: an optimizer step "
@@ -394,9 +395,10 @@ def _schema(cls: Any, raw: Any) -> DictConfig:
 
 
 def config_hash(config: Any) -> str:
-    """16 hex digits of what the stage computes from: not the names of folders, nor how it is shown or launched."""
+    """16 hex digits of what the stage computes from: not the names of folders, nor how it is shown, launched or saved."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), throw_on_missing=False)
-    for key in ("run_name", "runs_dir", "dry_run", "resume", "reuse", "launcher", "logger"):
+    elsewhere = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "launcher", "logger")
+    for key in (*elsewhere, "save_steps", "keep_last", "keep_best", "max_seconds"):
         plain.pop(key, None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 

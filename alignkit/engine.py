@@ -214,6 +214,9 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+FIELDS = ("param", "exp_avg", "exp_avg_sq", "step")  # of a parameter, in AdamW
+
+
 class Engine:
     """One optimizer over some parameters of a module that several engines may share."""
 
@@ -246,6 +249,7 @@ class Engine:
             max_grad_norm=optimizer.max_grad_norm,
         )
         self.schedule, self.world, self.updates, self.update = optimizer, world, updates, 0
+        self.trained = parameters
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=_only(parameters, module),
             optimizer=optimizer.build(parameters),
@@ -300,14 +304,80 @@ class Engine:
         self._set_learning_rate()
 
     def save(self, folder: Path) -> None:
-        """DeepSpeed's checkpoint of weights and optimizer, from every rank."""
-        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        """Whole float32 weights and Adam moments, a file a field, whatever the ZeRO stage; called by every rank.
+
+        DeepSpeed's own checkpoints are pickles of each rank's shard. Its universal checkpoint, which turns them into whole
+        tensors, takes none of stage 0. These are the tensors that it would make, read with DeepSpeed's accessors.
+        Rank 0 holds one field in host memory at a time.
+        """
+        from safetensors.torch import save_file
+
+        for field in FIELDS:
+            tensors = {str(i): found for i in range(len(self.trained)) if (found := self._get(i, field)) is not None}
+            if self.world.rank == 0:
+                folder.mkdir(exist_ok=True)
+                save_file(tensors, folder / f"{field}.safetensors")
 
     def load(self, folder: Path, update: int) -> None:
-        """Put back what `save` wrote, at the `update` of the schedule."""
-        self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=True)
+        """Put back what `save` wrote, by any number of ranks, at the `update` of the schedule."""
+        import torch
+        from safetensors.torch import load_file
+
+        saved = {field: load_file(folder / f"{field}.safetensors") for field in FIELDS}
+        sharded = self.engine.zero_optimization()
+        inner = self._torch_optimizer()
+        masters = [p for group in inner.param_groups for p in group["params"]]
+        for i, master in enumerate(masters):  # sharded: one flat tensor a group
+            steps = next(iter(saved["step"].values()), None) if sharded else saved["step"].get(str(i))
+            if steps is not None:
+                inner.state[master] = {f: torch.zeros_like(master) for f in FIELDS[1:3]} | {"step": steps.clone()}
+        if sharded and inner.state:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        for field in FIELDS[:3]:
+            for i, value in saved[field].items():
+                self._set(int(i), field, value.to(self.world.device))
         self.update = update
         self._set_learning_rate()
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """torch's own optimizer inside DeepSpeed's."""
+        import torch
+
+        found = self.optimizer
+        while not isinstance(found, torch.optim.Optimizer):
+            found = found.optimizer
+        return found
+
+    def _get(self, i: int, field: str) -> Tensor | None:
+        """`field` of the i-th parameter, whole and on the host; None where no step was taken yet. A collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        inner = self._torch_optimizer()
+        if not self.engine.zero_optimization():
+            master = [p for group in inner.param_groups for p in group["params"]][i]
+            found = master if field == "param" else inner.state[master].get(field) if master in inner.state else None
+        elif field == "param":
+            found = safe_get_full_fp32_param(self.trained[i])
+        elif field == "step":
+            found = next((state["step"] for state in inner.state.values()), None)
+        else:
+            found = safe_get_full_optimizer_state(self.trained[i], field) if inner.state else None
+        return None if found is None else found.detach().cpu().clone()
+
+    def _set(self, i: int, field: str, value: Tensor) -> None:
+        """Overwrite `field` of the i-th parameter, on this rank's share of it."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        inner = self._torch_optimizer()
+        if not self.engine.zero_optimization():
+            master = [p for group in inner.param_groups for p in group["params"]][i]
+            (master.data if field == "param" else inner.state[master][field]).copy_(value)
+        elif field == "param":
+            safe_set_full_fp32_param(self.trained[i], value)
+        else:
+            safe_set_full_optimizer_state(self.trained[i], value, field)
+        if field == "param":
+            self.trained[i].data.copy_(value)
 
     @property
     def learning_rate(self) -> float:

@@ -118,7 +118,7 @@ class Wandb:
         id_file = Path(run_dir) / "wandb" / "run_id"  # a resumed run goes on in the same wandb run
         id_file.parent.mkdir(parents=True, exist_ok=True)
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+            write_atomic(id_file, secrets.token_hex(4))
         try:
             run = wandb.init(
                 project=self.project,

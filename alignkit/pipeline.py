@@ -21,6 +21,7 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     Raises:
         InputError: before anything is written.
         RunError: the stage did not reach `done`; its log is named.
+        Saved: it was asked to stop, and did so with a checkpoint.
     """
     from alignkit import artifacts, sharing
     from alignkit.launch import scheduler
@@ -46,8 +47,11 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
         try:
             error = cfg.launcher.run(cfg.stage, run_dir, label or cfg.stage)
         except KeyboardInterrupt:
-            artifacts.write_manifest(run_dir, status="failed", error="interrupted")
-            raise
+            if (status := (artifacts.read_manifest(run_dir) or {}).get("status")) == "running":
+                artifacts.write_manifest(run_dir, status="failed", error="interrupted")
+            if status != "saved":
+                raise
+            error = None
     return main_metric(conclude(run_dir, error, run_dir / "logs" / f"{cfg.stage}.log"))
 
 
@@ -76,7 +80,7 @@ def open_run(cfg: Any, status: str, origin: dict[str, Any], keep: tuple[str, ...
 
     run_dir = cfg.run_dir
     before = (artifacts.read_manifest(run_dir) or {}).get("status", "queued")
-    if before != "queued" and not (run_dir / "checkpoints").is_dir():
+    if before != "queued" and not [*run_dir.glob("checkpoints/step_*[0-9]")]:
         _set_aside(run_dir, keep)
     save(cfg, run_dir / "config.yaml")
     artifacts.write_manifest(
@@ -102,11 +106,14 @@ def conclude(run_dir: Path, error: dict | None, log: Path) -> dict[str, Any]:
     Raises:
         InputError: a rank refused an input.
         RunError: it is not done; with the reason and its log.
+        Saved: it was asked to stop, and did so with a checkpoint.
     """
     from alignkit import artifacts
-    from alignkit.types import InputError, RunError
+    from alignkit.types import InputError, RunError, Saved
 
     manifest = artifacts.read_manifest(run_dir) or {}
+    if manifest.get("status") == "saved":
+        raise Saved(**manifest["saved"])
     if manifest.get("status") == "done":
         return manifest
     if manifest.get("status") == "running":
@@ -151,7 +158,7 @@ def previous(cfg: Any, origin: dict[str, Any]) -> dict[str, Any] | None:
     other = stale[0] if stale and manifest["config_hash"] == config_hash(cfg) else "config"
     if manifest["status"] == "done":
         raise InputError(f"{run_dir} is done, but with another {other}: {fix}")
-    if (run_dir / "checkpoints").is_dir():
+    if [*run_dir.glob("checkpoints/step_*[0-9]")]:
         raise InputError(
             f"{run_dir} has checkpoints of another {other}, which this one cannot go on from: use the same, or {fix}"
         )

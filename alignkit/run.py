@@ -15,29 +15,39 @@ from pathlib import Path
 
 
 def main() -> int:
-    """The exit code: 0 done, 1 failed, 2 an input was refused."""
+    """The exit code: 0 done, 1 failed, 2 an input was refused, 75 asked to stop early and saved."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # a rank ends with the process that started it (Linux)
     stage, run_dir = sys.argv[1], Path(sys.argv[2])
     rank = int(os.environ["RANK"])
 
+    from alignkit import artifacts, config, engine, interrupt
+    from alignkit.log import RunLog
+    from alignkit.types import InputError, Saved
+
+    cfg = config.load(run_dir / "config.yaml", stage)
+    if hasattr(cfg, "max_seconds"):  # a stage with checkpoints
+        interrupt.process.listen(cfg.max_seconds)
+
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns in every process
-
-    from alignkit import artifacts, config, engine
-    from alignkit.log import RunLog
-    from alignkit.types import InputError
-
-    cfg = config.load(run_dir / "config.yaml", stage)
     started = time.time()
     with RunLog(run_dir, stage, rank, cfg.logger, artifacts.plain_config(run_dir)) as log:
         try:
             world = engine.start()
             metrics, facts = importlib.import_module(f"alignkit.stages.{stage}").main(cfg, world, log)
             world.barrier()
+        except Saved as saved:
+            if rank == 0:
+                artifacts.write_manifest(run_dir, status="saved", saved=vars(saved))
+                log.note(str(saved))
+                log.close()
+            world.barrier()  # the launcher ends the others when the first rank is gone
+            sys.stdout.flush()
+            os._exit(Saved.CODE)
         except Exception as error:
             kind = "input" if isinstance(error, InputError) else "run"
             log.error(kind, f"{error}" if kind == "input" else f"{type(error).__name__}: {error}")

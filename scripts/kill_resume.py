@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Kill a run at random moments with SIGKILL, resume it, and compare its end with that of an undisturbed run, bit by bit.
+"""Kill a run with SIGKILL at random moments of its life, resume it, and compare its end with an undisturbed one's, bit by bit.
 
     scripts/kill_resume.py --stage ppo --kills 20 [--ranks 2] [--seed 0]
 
-The tests' tiny model, the real engines. A run is killed up to four times, each time somewhere in a random step of what is
-left, then finished. `metrics.jsonl` (all but times) and the final weights must be those of the undisturbed run. The last
-line is one JSON object; the exit code is 1 if a run ended differently.
+The tests' tiny model, the real engines. Kills take turns: anywhere between the start of the command and its expected end,
+while a checkpoint is written (its `.partial` folder exists), and, for PPO, in the seconds in which weights are sent to the
+sampler. A run is killed up to five times, then finished. `metrics.jsonl` (all but times) and the final weights must be those
+of the undisturbed run. The last line is one JSON object; the exit code is 1 if a run ended differently.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 12
+STEPS, A_RUN = 12, 5
 
 
 def main() -> None:
@@ -33,26 +34,38 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     draw = random.Random(args.seed)
+    aims = ["anywhere", "saving", "syncing"] if args.stage == "ppo" else ["anywhere", "saving"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common = prepare(folder, args.stage, args.ranks)
         whole = Run(folder, args.stage, "whole", common)
+        started = time.time()
         whole.finish()
+        rows = raw_rows(whole.path)
+        life = Life(rows[0]["wall_time"] - started, [row["wall_time"] for row in rows], rows)
+        print(f"undisturbed: {time.time() - started:.0f} s, first step after {life.birth:.0f} s")
+        print(f"{'kill':>4} {'run':<9} {'aim':<9} {'after':>6} {'steps':>5}  checkpoints")
         kills = same = runs = 0
+        caught = dict.fromkeys(aims, 0)
         while kills < args.kills:
-            run, runs = Run(folder, args.stage, f"killed-{runs}", common), runs + 1
-            here = 0
-            while here < 4 and kills < args.kills:
-                at = run.kill_somewhere(draw)
-                if at is None:
+            run, runs, here = Run(folder, args.stage, f"killed-{runs}", common), runs + 1, 0
+            while here < A_RUN and kills < args.kills:
+                aim = aims[kills % len(aims)]
+                lived = run.kill(aim, life, draw)
+                if lived is None:  # it ended before
                     break
-                here, kills = here + 1, kills + 1
-                print(f"kill {kills}: {run.name}, {at}", flush=True)
+                here, kills, caught[aim] = here + 1, kills + 1, caught[aim] + 1
+                held = sorted(p.name for p in (run.path / "checkpoints").glob("*"))
+                print(
+                    f"{kills:>4} {run.name:<9} {aim:<9} {lived:>5.1f}s {len(raw_rows(run.path)):>5}  {' '.join(held)}",
+                    flush=True,
+                )
             run.finish()
             fault = run.differs_from(whole)
             same += fault is None
-            print(f"{run.name}: {here} kills, {'identical' if fault is None else fault}", flush=True)
-    print(json.dumps({"kills": kills, "runs": runs, "identical": same == runs}))
+            print(f"     {run.name}: {here} kills, {'identical' if fault is None else fault}", flush=True)
+    found = {"stage": args.stage, "ranks": args.ranks, "kills": kills, "aims": caught, "runs": runs}
+    print(json.dumps(found | {"identical": same == runs}))
     sys.exit(same != runs)
 
 
@@ -74,15 +87,33 @@ def prepare(folder: Path, stage: str, ranks: int) -> list[str]:
     common = [
         f"runs_dir={folder}", f"model.path={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", "logger=none",
         "resume=true", f"launcher.num_ranks={ranks}", "launcher.threads=1", "mini_batch_size=8", "micro_batch_size=2",
+        "save_steps=2",
     ]  # fmt: skip
     if stage != "ppo":
-        return [*common, f"max_steps={STEPS}", "epochs=10", "save_steps=2", "optimizer.learning_rate=1e-3"]
+        return [*common, f"max_steps={STEPS}", "epochs=10", "optimizer.learning_rate=1e-3"]
     return [
-        *common, f"steps={STEPS}", "save_steps=2", "rollout_batch_size=16", "rollout.max_new_tokens=8",
+        *common, f"steps={STEPS}", "rollout_batch_size=16", "rollout.max_new_tokens=8",
         "optimizer.learning_rate=1e-3", "algorithm.adaptive_kl_target=1", "algorithm.adaptive_kl_horizon=256",
         "algorithm.normalize_scores=true", "algorithm.missing_eos=none", "~reward@rewards.reward_model",
         "+reward@rewards.mine=function", f"rewards.mine.target={folder / 'mine.py'}:score",
     ]  # fmt: skip
+
+
+class Life:
+    """When an undisturbed run does what, in seconds."""
+
+    def __init__(self, birth: float, walls: list[float], rows: list[dict]) -> None:
+        self.birth, self.rows = birth, rows  # from the command to the first step's end
+        self.step = (walls[-1] - walls[0]) / (len(walls) - 1)
+
+    def left(self, done: int) -> float:
+        """From the command to its end, `done` steps being in its checkpoint."""
+        return self.birth + self.step * (STEPS - done - 1)
+
+    def sync(self, step: int) -> tuple[float, float]:
+        """(from the end of the step before to the sync of `step`, how long that takes)."""
+        times = self.rows[step]
+        return times["time/step"] - times["time/sync"] - times["time/attest"], times["time/sync"]
 
 
 class Run:
@@ -98,20 +129,31 @@ class Run:
         if done.returncode:
             sys.exit(f"{self.name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
-    def kill_somewhere(self, draw: random.Random) -> str | None:
-        """Start or resume, kill all its processes in a random step of what is left; where that was, None if it ended."""
-        log = self.path / "metrics.jsonl"
-        done = len(rows_of(log))
-        target, wait = draw.randrange(min(done, STEPS - 1), STEPS), draw.random() * 1.5
+    def kill(self, aim: str, life: Life, draw: random.Random) -> float | None:
+        """Start or resume, and kill all its processes; how many seconds it had lived, None if it ended by itself."""
+        saved = max((int(p.name[5:]) for p in (self.path / "checkpoints").glob("step_*[0-9]")), default=0)
+        target = draw.randrange(min(saved + 1, STEPS - 2), STEPS - 1)
+        share, before = draw.random(), time.time()
         process = subprocess.Popen(
             self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        started = self.events()
-        while process.poll() is None and not (self.events() > started and len(rows_of(log)) >= target):
-            time.sleep(0.02)
-        time.sleep(wait)
+        moment = time.time() + share * life.left(saved) if aim == "anywhere" else None
+        while process.poll() is None:
+            if moment is not None:
+                if time.time() >= moment:
+                    break
+            elif aim == "saving":
+                if len(steps_of(self.path, before)) >= 1 and (
+                    list(self.path.glob("checkpoints/*.partial")) or list(self.path.glob("checkpoints/partial/*"))
+                ):
+                    moment = time.time() + share * 0.1
+            elif (done := steps_of(self.path, before)) and done[-1]["step"] + 1 >= target:
+                wait, length = life.sync(min(done[-1]["step"] + 1, STEPS - 1))
+                moment = done[-1]["wall_time"] + wait + share * length
+            time.sleep(0.005)
         if process.poll() is not None:
             return None
+        lived = time.time() - before
         for pid in processes(str(self.path)) | {process.pid}:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -120,14 +162,7 @@ class Run:
         process.wait()
         while processes(str(self.path)):
             time.sleep(0.1)
-        files = [p.name for p in (self.path / "checkpoints").glob("*")] if (self.path / "checkpoints").is_dir() else []
-        return f"after {len(rows_of(log))} steps and {wait:.2f} s, checkpoints {sorted(files)}"
-
-    def events(self) -> int:
-        """How often training began in this folder."""
-        path = self.path / "logs" / "progress.jsonl"
-        text = path.read_text() if path.exists() else ""
-        return text.count('"PPO"') + text.count('"training"') if '"PPO"' in text or '"training"' in text else 0
+        return lived
 
     def differs_from(self, other: Run) -> str | None:
         """The first difference of metrics or weights, or None."""
@@ -143,19 +178,29 @@ class Run:
         return None if files and same else "the final weights differ"
 
 
-def rows_of(path: Path) -> list[dict]:
-    """The logged steps without what a clock says."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+def raw_rows(path: Path) -> list[dict]:
+    """The logged steps of a run folder."""
+    log, rows = path / "metrics.jsonl", []
+    for line in log.read_text().splitlines() if log.exists() else []:
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError:  # the last line of a killed run
             continue
-        timed = ("time/", "wall_time", "train/train_runtime", "train/train_s", "train/train_samples_per")
-        rows.append(
-            {k: v for k, v in row.items() if not k.startswith(timed) and "per_second" not in k and "runtime" not in k}
-        )
     return rows
+
+
+def steps_of(path: Path, since: float) -> list[dict]:
+    """The steps logged since a moment."""
+    return [row for row in raw_rows(path) if row["wall_time"] > since]
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The logged steps without what a clock says."""
+    timed = ("time/", "wall_time", "train/train_runtime", "train/train_s", "train/train_samples_per")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timed) and "per_second" not in k and "runtime" not in k}
+        for row in raw_rows(path.parent)
+    ]
 
 
 def processes(words: str) -> set[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
-import json
+import random
+import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from alignkit import checkpoint
 from alignkit.engine import World
@@ -112,9 +115,79 @@ def test_a_full_disk_stops_the_run_and_leaves_the_one_before_intact(tmp_path):
     assert found is not None and found.name == "step_000002" and checkpoint.damage(found) is None
 
 
-def test_another_number_of_ranks_is_refused_with_the_right_one(tmp_path):
+def test_a_disk_that_takes_no_more_bytes_stops_the_run_with_the_one_before_intact(tmp_path):
+    """The operating system refuses, not a stand-in: a file of this process may have 20,000 bytes here."""
     write(tmp_path, 2)
-    path = tmp_path / "checkpoints" / "step_000002" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"world_size": 4}))
-    with pytest.raises(InputError, match=r"launcher\.num_ranks=4"):
-        checkpoint.load(path.parent, {}, {}, ALONE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"step_000004 cannot be written: .*File too large"):
+            checkpoint.save(
+                tmp_path, {"step": 4}, {"big": torch.Generator()}, {"policy": Weights(), "large": Large()}, ALONE, 1
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+    assert checkpoint.damage(tmp_path / "checkpoints" / "step_000002") is None
+
+
+class Large(Weights):
+    """An engine with a hundred thousand numbers."""
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        save_file({"weights": torch.zeros(100_000)}, folder / "weights.safetensors")
+
+
+def test_one_that_does_not_read_back_removes_none(tmp_path, monkeypatch):
+    write(tmp_path, 2, keep_last=1)
+    sync = checkpoint.sync
+
+    def rotten(path: Path) -> None:
+        """A disk that turns a bit over once the file is down."""
+        sync(path)
+        if path.name == "weights":
+            flip(path)
+
+    monkeypatch.setattr(checkpoint, "sync", rotten)
+    with pytest.raises(RunError, match=r"step_000004 does not read back .*policy/weights differs"):
+        write(tmp_path, 4, keep_last=1)
+    monkeypatch.undo()
+    found = checkpoint.newest(tmp_path, lambda text: None)
+    assert found is not None and found.name == "step_000002"
+
+
+@pytest.mark.parametrize("keep_best, kept", [(None, [5]), ("score", [5, 3]), ("-score", [5, 1])])
+def test_the_best_is_kept_beside_the_last(keep_best, kept, tmp_path):
+    for step, score in enumerate((0.1, 0.5, 0.9, float("nan"), 0.7), start=1):
+        state = {"step": step, "version": step, "merit": checkpoint.merit({"score": score}, keep_best)}
+        checkpoint.save(tmp_path, state, {}, {"policy": Weights()}, ALONE, 1, keep_best)
+    assert [p.name for p in checkpoint.steps(tmp_path)] == [f"step_{step:06d}" for step in kept]
+
+
+def test_a_metric_that_is_not_logged_is_refused_with_those_that_are():
+    with pytest.raises(InputError, match=r"keep_best=-scor: no such metric; this stage logs kl, score"):
+        checkpoint.merit({"score": 1.0, "kl": 0.0}, "-scor")
+
+
+def test_the_generators_of_torch_numpy_and_python_go_on(tmp_path):
+    for module in (random, np.random, torch):
+        (module.manual_seed if module is torch else module.seed)(7)
+    random.gauss(0, 1), np.random.standard_normal()  # each keeps the second number of a pair
+    write(tmp_path, 2)
+
+    def numbers() -> list[float]:
+        return [
+            random.gauss(0, 1),
+            random.random(),
+            np.random.standard_normal(),
+            np.random.rand(),
+            float(torch.rand(())),
+        ]
+
+    expected = numbers()
+    path = tmp_path / "checkpoints" / "step_000002"
+    checkpoint.load(path, {"shuffle": torch.Generator()}, {"policy": Weights()}, ALONE)
+    assert numbers() == expected
+    checkpoint.load(path, {"shuffle": torch.Generator()}, {"policy": Weights()}, World(3, 4, 3, torch.device("cpu")))
+    assert numbers() == expected  # a rank that was not there when it was saved

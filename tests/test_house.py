@@ -44,9 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharing": {"config", "artifacts", "data", "types"},
     "pipeline": {"config", "sharing", "artifacts", "launch", "report", "report_html", "demo", "types"},
     "explain": {"types"},
-    "run": {"config", "engine", "stages", "artifacts", "log", "types"},
+    "run": {"config", "engine", "interrupt", "stages", "artifacts", "log", "types"},
     "stages": {
         *("config", "engine", "artifacts", "batches", "checkpoint", "data", "tokens", "models", "log", "demo", "types"),
+        *("finite", "interrupt"),
         *("algorithms", "rewards", "rollout", "finetune"),
     },
     "config": {
@@ -68,6 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"types"},
     "batches": {"types"},
     "checkpoint": {"types"},
+    "finite": {"types"},
+    "interrupt": set(),
     "log": {"types"},
     "progress": {"types"},
     "demo": {"types"},
@@ -396,7 +399,9 @@ def test_a_stage_of_a_pipeline_is_saved_and_read_back_equal(tmp_path, number):
 
 def test_the_config_hash_leaves_out_names_places_and_launch_but_nothing_that_is_computed_with():
     plain = config.config_hash(typed("ppo"))
-    for same in ("run_name=other", "runs_dir=elsewhere", "launcher.num_ranks=2", "logger=none", "resume=true"):
+    names = ("run_name=other", "runs_dir=elsewhere", "launcher.num_ranks=2", "logger=none", "resume=true")
+    saving = ("save_steps=5", "keep_last=3", "keep_best=objective/score", "max_seconds=9")
+    for same in names + saving:
         assert config.config_hash(typed("ppo", same)) == plain
     for other in ("seed=1", "data.limit=3", "algorithm.gamma=0.9", "rollout=hf", "model.dtype=bfloat16", "steps=3"):
         assert config.config_hash(typed("ppo", other)) != plain

@@ -23,14 +23,15 @@ from ranks import CLIPS, CONFIG, DTYPES, RATE, ROUNDS, ROWS, new_roles
 BOUNDS = {0: 1e-10, 1: 5e-7, 2: 5e-7}
 
 
-def run_ranks(folder: Path, out: Path, size: int) -> dict:
+def start_ranks(script: str, size: int, *arguments: str) -> None:
+    """Run `size` processes of a script beside this file, and wait for all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "ranks.py"), str(folder), str(out)],
+            [sys.executable, str(Path(__file__).parent / script), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env=os.environ | {k: str(v) for k, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()}
             | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
@@ -44,6 +45,10 @@ def run_ranks(folder: Path, out: Path, size: int) -> dict:
         for rank in ranks:
             rank.kill()
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
+
+
+def run_ranks(folder: Path, out: Path, size: int) -> dict:
+    start_ranks("ranks.py", size, str(folder), str(out))
     return torch.load(out / f"{size}.pt", weights_only=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -49,14 +50,19 @@ class Local:
         """Start the ranks, show their progress, wait. Returns the last error event, or None.
 
         Whether the stage succeeded is its manifest's status: a launcher whose child dies of a signal exits with 0.
-        Ctrl-C is passed on to the ranks, which end as they see fit.
+        Ctrl-C is passed on to the ranks, which save what they can at their next boundary; a second one kills them.
+
+        Raises:
+            KeyboardInterrupt: there was one; no rank is left.
         """
         log = run_dir / "logs" / f"{stage}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         command = self.command(stage, run_dir, self.port or free_port())
         environment = os.environ | self.environment(len(os.sched_getaffinity(0)))
         environment.pop("HYDRA_FULL_ERROR", None)
-        seen = (run_dir / PROGRESS).stat().st_size if (run_dir / PROGRESS).exists() else 0
+        progress = run_dir / PROGRESS
+        progress.touch()
+        seen = progress.stat().st_size
         with log.open("a") as output:
             output.write(f"$ {shlex.join(command)}\n")
             output.flush()
@@ -67,16 +73,30 @@ class Local:
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,
+                close_fds=False,  # it inherits the lock of the run folder, and so holds it where this process is killed
             )
             try:
-                return follow(run_dir / PROGRESS, process, label, offset=seen)
+                return follow(progress, process, label, offset=seen)
+            except KeyboardInterrupt:
+                print("stopping: the ranks save what they can; Ctrl-C again ends them at once", flush=True)
+                interrupt_ranks(process.pid)
+                follow(progress, process, label, offset=progress.stat().st_size)
+                raise
             finally:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM)
-                    try:
-                        process.wait(20)
-                    except subprocess.TimeoutExpired:
-                        os.killpg(process.pid, signal.SIGKILL)
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+
+
+def interrupt_ranks(launcher: int) -> None:
+    """SIGTERM to the ranks alone. DeepSpeed's launcher, sent a signal, kills them after 30 seconds and reports nothing."""
+    import psutil  # type: ignore[import-untyped]
+
+    for child in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            words = child.cmdline()
+            if "alignkit.run" in words and "--module" not in words:  # the launchers' own lines have that option
+                child.send_signal(signal.SIGTERM)
 
 
 def free_port() -> int:

@@ -1,17 +1,25 @@
-"""What the two stages that TRL trains have in common: arguments, the split by prompt, logging."""
+"""What the two stages that TRL trains have in common: arguments, the split by prompt, logging, checkpoints.
+
+The checkpoints are transformers' own (its Trainer reads them with `weights_only=True`, DeepSpeed unpickles its shards of
+the optimizer: files that this run wrote, whose digests were checked). The Trainer writes them into `checkpoints/partial`;
+a finished one is moved out of there with its digests, so a kill in mid-save leaves nothing that looks like one.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-from alignkit import tokens
+from alignkit import checkpoint, finite, interrupt, tokens
 from alignkit.config import TrainStage
 from alignkit.engine import World
 from alignkit.log import RunLog
-from alignkit.types import Rows
+from alignkit.types import InputError, Rows, Saved
 
 
 def split_rows(cfg: TrainStage) -> tuple[Rows, Rows]:
@@ -31,7 +39,7 @@ def arguments(cls: type, cfg: TrainStage, world: World, **extra: Any) -> Any:
     accumulation = cfg.mini_batch_size // (cfg.micro_batch_size * world.size)
     optimizer = cfg.optimizer
     return cls(
-        output_dir=str(cfg.run_dir / "checkpoints"),
+        output_dir=str(cfg.run_dir / "checkpoints" / "partial"),
         per_device_train_batch_size=cfg.micro_batch_size,
         per_device_eval_batch_size=cfg.micro_batch_size,
         gradient_accumulation_steps=accumulation,
@@ -52,7 +60,7 @@ def arguments(cls: type, cfg: TrainStage, world: World, **extra: Any) -> Any:
         data_seed=cfg.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if cfg.save_steps else "no",
+        save_strategy="steps" if cfg.save_steps else "no",  # where a run is asked to stop it saves with either
         save_steps=cfg.save_steps or 500,
         report_to=[],
         disable_tqdm=True,
@@ -68,16 +76,92 @@ def arguments(cls: type, cfg: TrainStage, world: World, **extra: Any) -> Any:
     )
 
 
-def train(trainer: Any, cfg: TrainStage, log: RunLog) -> Any:
-    """`trainer.train()`, from the newest checkpoint of this run where there is one."""
-    from transformers.trainer_utils import get_last_checkpoint
+def train(trainer: Any, cfg: TrainStage, world: World, log: RunLog) -> dict[str, float]:
+    """`trainer.train()`, from the newest whole checkpoint of this run where there is one; {train_loss, steps}.
 
-    folder = cfg.run_dir / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is not None:
-        log.rewind(int(found.rsplit("-", 1)[1]))
-        log.note(f"goes on from {found}")
-    return trainer.train(resume_from_checkpoint=found)
+    Raises:
+        Saved: a signal or a deadline stopped it, with a checkpoint of the step it had reached.
+        RunError: a checkpoint could not be written, or a loss or gradient is not finite.
+    """
+    stop = StopEarly(world)
+    trainer.add_callback(stop)
+    found = checkpoint.newest(cfg.run_dir, log.note)
+    saved = checkpoint.state_of(found) if found else {"step": 0, "tokens": 0}
+    trainer._total_train_tokens = saved["tokens"]  # TRL counts them and logs the count, but saves it not
+    log.rewind(saved["step"])
+    if found:
+        log.note(f"goes on from {found.name}")
+        if saved["world_size"] != world.size:  # DeepSpeed's shards, a file a rank
+            ranks = saved["world_size"]
+            raise InputError(f"{found} is of {ranks} ranks, this run has {world.size}: set launcher.num_ranks={ranks}")
+    partial = Path(trainer.args.output_dir)
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed attempt had begun to write
+        partial.mkdir(parents=True)
+    world.barrier()
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    shutil.rmtree(partial, ignore_errors=True)
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        raise Saved(state.global_step, state.max_steps, str(stop.reason))
+    losses = [row["loss"] for row in state.log_history if "loss" in row]  # the Trainer's mean forgets earlier attempts
+    return {"train_loss": sum(losses) / len(losses), "steps": state.global_step}
+
+
+class StopEarly(TrainerCallback):
+    """Has the trainer save and end where the run is asked to stop."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.reason: str | None = None
+
+    def on_step_end(self, args, state, control, **_):
+        self.reason = interrupt.process.due(self.world)
+        if self.reason and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+def careful(cls: type, cfg: TrainStage, world: World, reporter: Reporter) -> type:
+    """TRL's trainer `cls` with two things more, for which it has no callback.
+
+    A loss or gradient that is not finite ends the run before its optimizer step: DeepSpeed steps inside the backward pass
+    of a step's last micro-batch, so the losses of all its micro-batches are read just before that.
+    A checkpoint that is written gets its digests and its name.
+    """
+
+    class Careful(cls):  # type: ignore[misc,valid-type]
+        begun = -1  # the step that these belong to
+        losses: list[torch.Tensor]
+        micro_batches: list[dict[str, Any]]
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.begun != self.state.global_step:
+                self.begun, self.losses, self.micro_batches = self.state.global_step, [], []
+            self.micro_batches.append(dict(inputs))
+            with finite.guarded(cfg, world.rank, self.begun + 1, self.micro_batches):
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+            if model.training:
+                self.losses.append((found[0] if isinstance(found, tuple) else found).detach())
+                if self.accelerator.sync_gradients:
+                    finite.check({"the loss": float(torch.stack(self.losses).sum())})
+            return found
+
+        def _save_checkpoint(self, *args: Any) -> None:
+            step = self.state.global_step
+            partial, final = Path(self.args.output_dir), cfg.run_dir / "checkpoints" / f"step_{step:06d}"
+            with checkpoint.intact(final, partial):
+                super()._save_checkpoint(*args)
+                world.barrier()  # every rank has written its files
+                if world.rank == 0:
+                    state = {"step": step, "tokens": self._total_train_tokens, "world_size": world.size}
+                    state["merit"] = checkpoint.merit(reporter.latest, cfg.keep_best)
+                    checkpoint.publish(partial / f"checkpoint-{step}", final, state, cfg.keep_last, cfg.keep_best)
+            world.barrier()
+
+    return Careful
 
 
 class Reporter(TrainerCallback):
@@ -85,6 +169,7 @@ class Reporter(TrainerCallback):
 
     def __init__(self, log: RunLog, names: dict[str, str], show: tuple[str, ...]) -> None:
         self.log, self.names, self.show, self.bar = log, names, show, None
+        self.latest: dict[str, float] = {}  # metrics of the last step
 
     def on_train_begin(self, args, state, control, **_):
         self.bar = self.log.progress("training", state.max_steps)
@@ -95,6 +180,7 @@ class Reporter(TrainerCallback):
             self.names.get(k, f"train/{k}"): float(v) for k, v in (logs or {}).items() if isinstance(v, (int, float))
         }
         if "loss" in (logs or {}):
+            self.latest = metrics
             self.log.log(state.global_step, metrics)
             self.bar.update(state.global_step, **{k: metrics[k] for k in self.show if k in metrics})
 

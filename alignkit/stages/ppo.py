@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from alignkit import artifacts, batches, checkpoint, data, tokens
+from alignkit import artifacts, batches, checkpoint, data, finite, interrupt, tokens
 from alignkit.config import PPO
 from alignkit.engine import Engine, World
 from alignkit.log import Clock, RunLog
@@ -15,7 +15,7 @@ from alignkit.rewards import base as rewards
 from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
 from alignkit.stages._ptx import PtxBatches
-from alignkit.types import Experience, Loss, Metrics, Rollouts, RunError, ScoredRollouts
+from alignkit.types import Experience, Loss, Metrics, Rollouts, RunError, Saved, ScoredRollouts
 
 
 def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -56,10 +56,10 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         }  # fmt: skip
 
     state, shuffle = algorithm.start(), torch.Generator().manual_seed(cfg.seed)
-    first, version = 0, 1
+    first, version, merit = 0, 1, None
     if (found := checkpoint.newest(cfg.run_dir, log.note)) is not None:
         saved = checkpoint.load(found, {"shuffle": shuffle}, engines, world)
-        first, version = saved["step"], saved["version"]
+        first, version, merit = saved["step"], saved["version"], saved["merit"]
         order.load_state_dict(saved["order"])
         state.load_state_dict(saved["algorithm"])
         if ptx is not None:
@@ -94,8 +94,22 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         batch = tokens.collate_prompts(chosen, tokenizer.pad_token_id)
         return sampler.generate(batch, cfg.group_size, cfg.seed, step)
 
+    def save(step: int) -> None:  # the one that comes next
+        progress = {"step": step, "version": version, "order": cursor, "algorithm": state.state_dict(), "merit": merit}
+        progress |= {"ptx": ptx.order.state_dict()} if ptx is not None else {}
+        checkpoint.save(cfg.run_dir, progress, {"shuffle": shuffle}, engines, world, cfg.keep_last, cfg.keep_best)
+
+    def stop_if_asked(step: int) -> None:
+        if (reason := interrupt.process.due(world)) is not None:
+            if found is None or step > first:
+                save(step)
+            raise Saved(step, cfg.steps, reason)
+
+    cursor = order.state_dict()  # before the prompts of a step are drawn
     with log.progress("PPO", cfg.steps) as bar:
         for step in range(first, cfg.steps):
+            stop_if_asked(step)
+
             # 4. Generate: this rank answers its share of the step's prompts (or did so while the last batch trained).
             with clock("generate"):
                 rollouts = ahead.pop(0).result() if ahead else generate(step)
@@ -106,7 +120,8 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                     )
                 rollouts = batches.move(rollouts, world.device)
                 sampler.sleep()
-            cursor = order.state_dict()  # before the prompts of the next step are drawn
+            stop_if_asked(step)  # nothing has changed yet but the prompts drawn
+            cursor = order.state_dict()
             if lag and step + 1 < cfg.steps:
                 ahead.append(background.submit(generate, step + 1))
 
@@ -154,11 +169,10 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             log.log(step, numbers)
             if step % cfg.sample_every == 0:
                 log.samples(step, sample_rows(tokenizer, scored, old_logprobs - ref_logprobs))
+            merit = checkpoint.merit(numbers, cfg.keep_best)
             if cfg.save_steps and (step + 1) % cfg.save_steps == 0 and step + 1 < cfg.steps:
                 with clock("checkpoint"):
-                    progress = {"step": step + 1, "version": version, "order": cursor, "algorithm": state.state_dict()}
-                    progress |= {"ptx": ptx.order.state_dict()} if ptx is not None else {}
-                    checkpoint.save(cfg.run_dir, progress, {"shuffle": shuffle}, engines, world, cfg.keep_last)
+                    save(step + 1)
             bar.update(
                 step + 1,
                 score=numbers["objective/score"],
@@ -294,11 +308,13 @@ def optimize(
         collect(sums, loss.metrics)
     collect(sums, {"update/padding_fraction": batches.padding(lengths, groups)})
     metrics = world.reduce_metrics(reduce_steps(sums))
-    if algorithm.target_kl is not None and metrics.get("policy/approx_kl", 0.0) > algorithm.target_kl:
-        for engine in engines.values():
-            engine.discard()
-        return metrics, False
-    return metrics | {f"{role}/grad_norm": engine.step() for role, engine in engines.items()}, True
+    with finite.guarded(cfg, world.rank, next(iter(engines.values())).update, batch):
+        finite.check({f"{role}/loss": metrics.get(f"{role}/loss", 0.0) for role, count in counts.items() if count})
+        if algorithm.target_kl is not None and metrics.get("policy/approx_kl", 0.0) > algorithm.target_kl:
+            for engine in engines.values():
+                engine.discard()
+            return metrics, False
+        return metrics | {f"{role}/grad_norm": engine.step() for role, engine in engines.items()}, True
 
 
 def collect(sums: dict[str, list[torch.Tensor]], metrics: Metrics) -> None:

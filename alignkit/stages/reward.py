@@ -37,29 +37,20 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     peft_config = cfg.finetune.peft_config("SEQ_CLS", hf)
     if peft_config is not None:
         hf = models.adapt_for_scores(hf, peft_config, source.adapter)
-    trainer = RewardTrainer(
+    names = {name: f"reward_model/{name}" for name in ("loss", "accuracy", "learning_rate")}
+    reporter = _trl.Reporter(log, names, ("reward_model/loss", "reward_model/accuracy"))
+    trainer = _trl.careful(RewardTrainer, cfg, world, reporter)(
         model=hf,
         args=_trl.arguments(
             RewardConfig, cfg, world, max_length=None, center_rewards_coefficient=cfg.center_coef, disable_dropout=True
         ),
         train_dataset=train,
         processing_class=tokenizer,
-        callbacks=[
-            _trl.Reporter(
-                log,
-                {
-                    "loss": "reward_model/loss",
-                    "accuracy": "reward_model/accuracy",
-                    "learning_rate": "reward_model/learning_rate",
-                },
-                ("reward_model/loss", "reward_model/accuracy"),
-            )
-        ],
+        callbacks=[reporter],
     )
 
     # 3. Train, then score the held-out pairs (without any: the training pairs) for accuracy and zero point.
-    result = _trl.train(trainer, cfg, log)
-    metrics = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "train_pairs": len(train)}
+    metrics = _trl.train(trainer, cfg, world, log) | {"train_pairs": len(train)}
     chosen, rejected = score_pairs(
         trainer, evaluation if evaluation is not None else train, tokenizer.pad_token_id, world, cfg.micro_batch_size
     )

@@ -29,7 +29,9 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     hf = models.load_base(source.base, cfg.model, len(tokenizer))
     if source.adapter is not None:
         hf = models.continue_adapter(hf, source.adapter)
-    trainer = SFTTrainer(
+    names = {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}
+    reporter = _trl.Reporter(log, names, ("policy/loss",))
+    trainer = _trl.careful(SFTTrainer, cfg, world, reporter)(
         model=hf,
         args=_trl.arguments(
             SFTConfig,
@@ -43,14 +45,11 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=None if source.adapter is not None else cfg.finetune.peft_config("CAUSAL_LM", hf),
-        callbacks=[
-            _trl.Reporter(log, {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}, ("policy/loss",))
-        ],
+        callbacks=[reporter],
     )
 
     # 3. Train, measure on the held-out rows, write the model for the next stage.
-    result = _trl.train(trainer, cfg, log)
-    metrics = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
+    metrics = _trl.train(trainer, cfg, world, log)
     if evaluation is not None:
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(cfg.run_dir / "model"))
