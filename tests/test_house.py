@@ -325,7 +325,7 @@ def test_every_option_of_every_group_composes_to_its_dataclass(group, name):
     where = "rewards.extra" if group == "reward" else group
     choice = f"+reward@rewards.extra={name}" if group == "reward" else f"{group}={name}"
     needed = [f"{where}.{f.name}=x" for f in fields(cls) if f.default is MISSING]
-    command = "sft" if group == "deepspeed" else "ppo"  # PPO does not take zero3
+    command = {"deepspeed": "sft", "reward": "evaluate"}.get(group, "ppo")  # PPO takes no zero3, and one reward model
     groups = ["group_size=2"] if name in ("rloo", "grpo") else []
     made = typed(command, choice, *needed, *groups)
     part = made.rewards["extra"] if group == "reward" else getattr(made, group)

@@ -114,7 +114,7 @@ RULES = [
         ["ptx.coef=1", "ptx.data.path=answers.jsonl", "ptx.max_length=2049"],
         ["ptx.max_length=2049", "2048", "lower ptx.max_length"],
     ),
-    ("sft", ["model.path=model", "finetune.last_layers=5"], ["finetune.last_layers=5", "4 layers"]),
+    ("sft", ["model.path=model", "finetune.last_layers=31"], ["finetune.last_layers=31", "30 layers"]),
     ("ppo", ["rollout.stop_token_ids=[258]"], ["rollout.stop_token_ids", "258", "0 to 257"]),
     ("ppo", ["rollout.min_tokens=65"], ["rollout.min_tokens=65", "rollout.max_new_tokens=64"]),
     ("ppo", ["rollout.top_k=5"], ["rollout.top_k=5", "rollout.allow_biased_sampling=true"]),
