@@ -153,10 +153,10 @@ DATA = {
     "half a Parquet file": (parquet, "sft", "bad.parquet", ["bad.parquet", "unreadable Parquet", "write the file again"]),
     "a gz file": (gz, "sft", "bad.jsonl.gz", ["bad.jsonl.gz", "'.gz'", ".jsonl"]),
     "a loop of links": (loop, "sft", "bad.jsonl", ["bad.jsonl"]),
-    # 300 bytes of one token each, and 41 tokens of ChatML
+    # 300 bytes of one token each, and 19 tokens of ChatML
     "prompts that are too long": (
         text("bad.jsonl", json.dumps({"prompt": "p" * 300})), "ppo", "bad.jsonl",
-        ["max_prompt_length=256", "all 1 rows", "341", "raise max_prompt_length"],
+        ["max_prompt_length=256", "all 1 rows", "319", "raise max_prompt_length"],
     ),
     "a line of 10 MB": (
         text("bad.jsonl", json.dumps({"prompt": "word " * 2_000_000})), "ppo", "bad.jsonl", ["max_prompt_length=256", "raise"]

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from tiny import EOS, PAD, TEMPLATE
+from tiny import BOS, EOS, PAD, TEMPLATE
 
 from alignkit import artifacts, cli
 from alignkit.launch.local import Local
@@ -123,14 +123,14 @@ def write_model(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True)
-    facts = {"max_position_embeddings": 2048, "num_hidden_layers": 30, "vocab_size": 258}
+    facts = {"max_position_embeddings": 2048, "num_hidden_layers": 30, "vocab_size": 259}
     (folder / "config.json").write_text(json.dumps(facts))
     write_weights(folder / "model.safetensors")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([EOS, PAD])
+    tokenizer.add_special_tokens([EOS, PAD, BOS])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -115,7 +115,7 @@ RULES = [
         ["ptx.max_length=2049", "2048", "lower ptx.max_length"],
     ),
     ("sft", ["model.path=model", "finetune.last_layers=31"], ["finetune.last_layers=31", "30 layers"]),
-    ("ppo", ["rollout.stop_token_ids=[258]"], ["rollout.stop_token_ids", "258", "0 to 257"]),
+    ("ppo", ["rollout.stop_token_ids=[259]"], ["rollout.stop_token_ids", "259", "0 to 258"]),
     ("ppo", ["rollout.min_tokens=65"], ["rollout.min_tokens=65", "rollout.max_new_tokens=64"]),
     ("ppo", ["rollout.top_k=5"], ["rollout.top_k=5", "rollout.allow_biased_sampling=true"]),
     ("ppo", ["deepspeed=zero3"], ["deepspeed=zero3", "zero2"]),
