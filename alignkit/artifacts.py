@@ -38,6 +38,21 @@ PACKAGES = (
 )
 
 
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, is no JSON or no object; `fix` says what to do.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:120]}): {fix}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged (found a {type(found).__name__}, expected an object): {fix}")
+    return found
+
+
 def read_manifest(run_dir: Path) -> dict[str, Any] | None:
     """The manifest of a stage's folder, or None where there is none.
 
@@ -47,10 +62,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "manifest.json"
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): delete {run_dir} and run the stage again") from None
+    manifest = read_json(path, f"delete {run_dir} and run the stage again")
     if manifest.get("schema") != SCHEMA:
         raise InputError(
             f"{path} has schema {manifest.get('schema')!r}, this alignkit reads {SCHEMA}: run the stage again"
@@ -135,19 +147,31 @@ def resolve_model(path: str, key: str = "model.path") -> ModelSource:
 
         prepared = str(demo.model(path.removeprefix("demo:")))
         return ModelSource(base=prepared, tokenizer=prepared)
+    if not path:
+        raise InputError(
+            f"{key}='': expected a model folder, a finished run such as runs/<name>/sft, or a hub id org/model"
+        )
     folder = Path(path)
     if (folder / "manifest.json").is_file():
         manifest = finished(folder, key)
         model = folder / "model"
         if manifest.get("adapter"):
-            return ModelSource(manifest["base_model"]["path"], model, str(model), folder)
+            base = manifest.get("base_model")
+            if not isinstance(base, dict) or not isinstance(base.get("path"), str):
+                raise InputError(f"{folder / 'manifest.json'} is damaged (no base_model.path): run the stage again")
+            return ModelSource(base["path"], model, str(model), folder)
         if not (model / "config.json").is_file():
             raise InputError(
                 f"{key}={path}: the {manifest['stage']} stage makes no model; give a run of sft, reward or ppo"
             )
         return ModelSource(str(model), None, str(model), folder)
     if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        file = folder / "adapter_config.json"
+        base = read_json(file, "save the adapter again").get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise InputError(
+                f"{key}={path}: {file} names no base model: set base_model_name_or_path to the model it was trained on"
+            )
         return ModelSource(base, folder, str(folder) if (folder / "tokenizer_config.json").is_file() else base)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -163,7 +187,7 @@ def resolve_model(path: str, key: str = "model.path") -> ModelSource:
                 f"{key}={path}: no *.safetensors in the folder; alignkit reads no pickled weights: convert them with save_pretrained"
             )
         return ModelSource(path, None, path)
-    if path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1 or not path:
+    if path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1:
         raise InputError(
             f"{key}={path!r}: no such folder; expected a model folder, a finished run such as runs/<name>/sft, or a hub id org/model"
         )

@@ -44,6 +44,7 @@ usage: alignkit COMMAND [key=value …]
   alignkit COMMAND --cfg job    the config as it would run
   alignkit COMMAND dry_run=true what would be launched
   alignkit COMMAND -m a.b=1,2   sweep (Hydra multirun); each job in runs/<run_name>/<what is swept>
+  alignkit check config         compose and check every file of conf/, and of --config-dir DIR
 
 first run: alignkit pipeline +experiment=quickstart
 """
@@ -59,6 +60,8 @@ def main() -> None:
     if command in ("-V", "--version", "version"):
         print(__version__)
         return None
+    if sys.argv[1:3] == ["check", "config"]:
+        return _check_config(sys.argv[3:])
     if command in (*TOOLS, "job"):  # `job`: what a batch script calls
         return _tool(command, sys.argv[2:])
     known = [*COMMANDS, *TOOLS]
@@ -71,6 +74,19 @@ def main() -> None:
         )
     _hydra(command, sys.argv[2:])
     return None
+
+
+def _check_config(arguments: list[str]) -> None:
+    from alignkit import check_config, config
+    from alignkit.types import InputError
+
+    config.register()
+    try:
+        code = check_config.main(arguments, conf_dir())
+    except InputError as error:
+        _refuse(str(error))
+    if code:
+        raise SystemExit(code)
 
 
 def _tool(command: str, arguments: list[str]) -> None:
@@ -125,6 +141,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
         try:
             sweep.begin_job(composed, arguments)
             cfg = config.to_config(composed, command)
+            accepted.append(True)
             value = submit.run_command(cfg)
             done.extend([] if cfg.dry_run else [pipeline.folder(cfg)])
             return value
@@ -140,6 +157,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
     stopped: list[InputError | RunError | Saved] = []
     done: list[Path] = []
     sweeping = bool({"-m", "--multirun"} & set(arguments))
+    accepted: list[bool] = []  # whether Hydra and the typed config took the command line
     try:
         try:
             application()
@@ -164,8 +182,8 @@ def _hydra(command: str, arguments: list[str]) -> None:
     except RunError as error:
         print(f"alignkit: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        if show_traceback:
+    except Exception as error:  # Hydra refuses some command lines with a ValueError, a KeyError, …
+        if show_traceback or (accepted and not isinstance(error, (HydraException, OmegaConfBaseException))):
             raise
         _refuse(explain(error, command))
 
@@ -203,14 +221,19 @@ def explain(error: Exception, command: str) -> str:
     from omegaconf import DictConfig, OmegaConf
 
     from alignkit import config
-    from alignkit.explain import nearest_key, one_line
+    from alignkit.explain import nearest_key, one_line, unknown_key
 
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = one_line(error).split(" Config search path:")[0]
     key = getattr(cause, "full_key", None) if "not in" in str(cause) else None
-    key = key or _unknown_key(str(error), str(cause))
+    key = key or unknown_key(str(error), str(cause))
+    if empty := re.search(r"Error parsing override '(.*?)'.* missing EQUAL", text):
+        return f"{empty[1]!r} has no value: write {empty[1]}=..."
+    if "Config group override must be" in text:
+        group = next(o.lstrip("+").split("=")[0] for o in sys.argv[1:] if o.lstrip("+").split("=")[0] in config.GROUPS)
+        return f"{group}=null: expected an option, {group}=<{'|'.join(config.components(group))}>"
     if key is None:
         detail = one_line(cause)
         return text if detail == text else f"{text.splitlines()[0]} {detail}"
@@ -225,18 +248,14 @@ def explain(error: Exception, command: str) -> str:
     parent = OmegaConf.select(composed, key.rpartition(".")[0]) if "." in key else None
     if isinstance(parent, DictConfig) and OmegaConf.get_type(parent) is dict:  # open: columns, policies, rewards
         return f"{key} is new in {key.rpartition('.')[0]}, which takes any name: write +{key}=..."
+    group, _, name = key.rpartition(".")
+    theirs = [o for o, cls in config.components(group).items() if hasattr(cls, name)] if group in config.GROUPS else []
+    if theirs and parent is not None:
+        return f"{key} is no key of {group}={parent.name}, but of {' and '.join(f'{group}={o}' for o in theirs)}: leave it out, or choose that"
     near = nearest_key(key, composed)
     if near == key:
         return f"{key} takes its own keys one by one: write +{key}.<name>=..."
     return f"no config key {key!r}{f': did you mean {near}?' if near else ''} (alignkit {command} --cfg job lists them all)"
-
-
-def _unknown_key(*messages: str) -> str | None:
-    for pattern in (r"Could not override '([^']+)'", r"[Kk]ey '([^']+)' (?:is )?not in"):
-        for message in messages:
-            if (found := re.search(pattern, message)) and any("not in" in m for m in messages):
-                return found.group(1)
-    return None
 
 
 def _refuse(message: str) -> NoReturn:

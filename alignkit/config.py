@@ -22,9 +22,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from alignkit.data import Data, Kind, Ptx
 from alignkit.engine import Optimizer
-from alignkit.explain import divides, nearest_key, one_line, positive, stray_keys
+from alignkit.explain import divides, nearest_key, one_line, stray_keys
 from alignkit.finetune.critic import Critic
 from alignkit.models import Model
+from alignkit.ranges import SEEDS, check_numbers, num
+from alignkit.rules import contradictions
 from alignkit.types import InputError
 
 # Hydra group -> where its options are defined.
@@ -45,7 +47,7 @@ class Stage:
 
     run_name: str = MISSING  # folder under runs_dir; letters, digits, "-", "_", "." and "/" between parts
     runs_dir: str = "runs"  # where run folders are made
-    seed: int = 0  # of data order, sampling, dropout and new weights
+    seed: int = num(0, ge=0, le=SEEDS)  # of data order, sampling, dropout and new weights
     dry_run: bool = False  # print the resolved config and the launch command, start nothing
     resume: bool = False  # a finished run of this name is kept; an unfinished one goes on from its newest checkpoint
     reuse: bool = False  # link to a finished stage of the same config and inputs under runs_dir, if there is one
@@ -67,6 +69,8 @@ class Stage:
     def check(self) -> None:
         """Raise InputError where two fields contradict each other; see the stages below."""
         self.launcher.check()
+        if not self.runs_dir:
+            raise InputError("runs_dir='': expected a folder, as runs")
         parts = self.run_name.split("/")
         if any(part in ("", ".", "..") or set(part) - _NAME_LETTERS for part in parts):
             raise InputError(
@@ -77,6 +81,10 @@ class Stage:
         """{role: path} of models and runs this stage reads, resolved and checked before anything starts."""
         return {"model": self.model.path}
 
+    def row_sets(self) -> list[tuple[Data, Kind, str, int]]:
+        """(data, kind, key of its longest row, that length in tokens) of all rows this stage reads."""
+        return [(self.data, self.row_kind, "max_prompt_length", getattr(self, "max_prompt_length", 0))]
+
 
 _NAME_LETTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.=,")
 
@@ -85,18 +93,12 @@ _NAME_LETTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 class Resumable(Stage):
     """What a stage with checkpoints is told beside."""
 
-    save_steps: int = 0  # a checkpoint every so many steps; 0: only where a signal or a deadline stops the run
-    keep_last: int = 2  # checkpoints kept
+    save_steps: int = num(
+        0, ge=0
+    )  # a checkpoint every so many steps; 0: only where a signal or a deadline stops the run
+    keep_last: int = num(2, ge=1)  # checkpoints kept
     keep_best: str | None = None  # beside them the best by this metric, as objective/score ("-<metric>": the lowest)
-    max_seconds: float = 0  # save and stop with exit code 75 before so many seconds have passed; 0: no limit
-
-    def check(self) -> None:
-        super().check()
-        positive(self, "keep_last")
-        if min(self.save_steps, self.max_seconds) < 0:
-            raise InputError(
-                f"save_steps={self.save_steps}, max_seconds={self.max_seconds:g}: expected 0 (off) or more"
-            )
+    max_seconds: float = num(0, ge=0)  # save and stop with exit code 75 before so many seconds have passed; 0: no limit
 
 
 @dataclass
@@ -106,21 +108,21 @@ class TrainStage(Resumable):
     finetune: Any = MISSING
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=2e-4))
     eval_data: Data = field(default_factory=lambda: Data(path=""))  # held-out rows; path "" holds out eval_fraction
-    eval_fraction: float = 0.1  # of the rows, split by prompt, when eval_data.path is empty
-    max_length: int = 512  # tokens of prompt + response; longer rows are left out and counted
-    epochs: float = 1.0  # passes over the rows
-    max_steps: int = -1  # optimizer steps; -1: as many as `epochs` makes
-    mini_batch_size: int = 16  # sequences (pairs) of one optimizer step, over all ranks
-    micro_batch_size: int = 8  # sequences (pairs) of one forward on one device
+    eval_fraction: float = num(0.1, ge=0, lt=1)  # of the rows, split by prompt, when eval_data.path is empty
+    max_length: int = num(512, ge=2)  # tokens of prompt + response; longer rows are left out and counted
+    epochs: float = num(1.0, gt=0)  # passes over the rows
+    max_steps: int = num(-1, ge=-1)  # optimizer steps; -1: as many as `epochs` makes
+    mini_batch_size: int = num(16, ge=1)  # sequences (pairs) of one optimizer step, over all ranks
+    micro_batch_size: int = num(8, ge=1)  # sequences (pairs) of one forward on one device
     gradient_checkpointing: bool = False  # less memory for a third more compute
 
     groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "finetune")
 
+    def row_sets(self) -> list[tuple[Data, Kind, str, int]]:
+        return [(data, self.row_kind, "max_length", self.max_length) for data in (self.data, self.eval_data)]
+
     def check(self) -> None:
         super().check()
-        positive(self, "max_length", "mini_batch_size", "micro_batch_size")
-        if not 0 <= self.eval_fraction < 1:
-            raise InputError(f"eval_fraction={self.eval_fraction}: a fraction of the rows, 0 <= eval_fraction < 1")
         ranks = self.launcher.num_ranks
         divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
 
@@ -129,7 +131,7 @@ class TrainStage(Resumable):
 class SFT(TrainStage):
     """Supervised fine-tuning on prompts and completions; the loss counts completion tokens and the end token."""
 
-    neftune_noise_alpha: float | None = None  # noise on the embeddings (arXiv 2310.05914), None: off
+    neftune_noise_alpha: float | None = num(None, gt=0)  # noise on the embeddings (arXiv 2310.05914), None: off
 
     stage: ClassVar[str] = "sft"
     row_kind: ClassVar[Kind] = "sft"
@@ -139,7 +141,7 @@ class SFT(TrainStage):
 class Reward(TrainStage):
     """Reward model: pairwise (Bradley-Terry) loss on chosen and rejected responses."""
 
-    center_coef: float | None = None  # weight of (r_chosen + r_rejected)^2, keeps scores near 0; None: off
+    center_coef: float | None = num(None, ge=0)  # weight of (r_chosen + r_rejected)^2, keeps scores near 0; None: off
     normalize: str = "mean"  # of the held-out scores: mean (to 0) | mean_std (to 0 and 1) | none
 
     def check(self) -> None:
@@ -157,10 +159,10 @@ class Sample(Stage):
 
     rollout: Any = MISSING
     rewards: dict[str, Any] = field(default_factory=dict)  # {name: reward}: the score that ranks the answers
-    group_size: int = 4  # answers a prompt
-    pairs_per_prompt: int = 1  # best with worst, second best with second worst, …
-    max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
-    min_margin: float = 0.0  # a pair needs best score - worst score above this
+    group_size: int = num(4, ge=2)  # answers a prompt
+    pairs_per_prompt: int = num(1, ge=1)  # best with worst, second best with second worst, …
+    max_prompt_length: int = num(256, ge=1)  # tokens; longer prompts are left out and counted
+    min_margin: float = num(0.0, ge=0)  # a pair needs best score - worst score above this
     finished_only: bool = True  # pairs are made of answers that ended by themselves
 
     stage: ClassVar[str] = "sample"
@@ -170,9 +172,6 @@ class Sample(Stage):
         super().check()
         _some_reward(self)
         self.rollout.check()
-        positive(self, "max_prompt_length")
-        if self.group_size < 2:
-            raise InputError(f"group_size={self.group_size}: a pair needs at least 2 answers a prompt")
         if not 1 <= self.pairs_per_prompt <= self.group_size // 2:
             raise InputError(
                 f"pairs_per_prompt={self.pairs_per_prompt} with group_size={self.group_size}: expected 1 to {self.group_size // 2}, "
@@ -195,14 +194,14 @@ class PPO(Resumable):
     critic_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-4, schedule="linear"))
     critic: Critic = field(default_factory=Critic)
     ptx: Ptx = field(default_factory=Ptx)
-    steps: int = 100  # rollout-and-update rounds
-    rollout_batch_size: int = 64  # sequences of one round, over all ranks
-    mini_batch_size: int = 32  # sequences of one optimizer step, over all ranks
-    micro_batch_size: int = 8  # sequences of one forward on one device
-    group_size: int = 1  # responses a prompt
-    max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
+    steps: int = num(100, ge=1)  # rollout-and-update rounds
+    rollout_batch_size: int = num(64, ge=1)  # sequences of one round, over all ranks
+    mini_batch_size: int = num(32, ge=1)  # sequences of one optimizer step, over all ranks
+    micro_batch_size: int = num(8, ge=1)  # sequences of one forward on one device
+    group_size: int = num(1, ge=1)  # responses a prompt
+    max_prompt_length: int = num(256, ge=1)  # tokens; longer prompts are left out and counted
     keep_shared_states: bool = True  # of a round, after the blocks no role adapts: B x (Lp + Lr) x hidden numbers
-    sample_every: int = 1  # write some rollouts to samples.jsonl every so many steps
+    sample_every: int = num(1, ge=1)  # write some rollouts to samples.jsonl every so many steps
 
     stage: ClassVar[str] = "ppo"
     groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "finetune", "algorithm", "rollout")
@@ -210,8 +209,6 @@ class PPO(Resumable):
     def check(self) -> None:
         super().check()
         _some_reward(self)
-        positive(self, "steps", "rollout_batch_size", "mini_batch_size", "micro_batch_size", "group_size")
-        positive(self, "max_prompt_length")
         if self.mini_batch_size > self.rollout_batch_size:
             raise InputError(
                 f"mini_batch_size={self.mini_batch_size} > rollout_batch_size={self.rollout_batch_size}: an optimizer step "
@@ -239,6 +236,9 @@ class PPO(Resumable):
         self.rollout.check()
         self.rollout.check_unbiased()
 
+    def row_sets(self) -> list[tuple[Data, Kind, str, int]]:
+        return [*super().row_sets(), (self.ptx.data, "sft", "ptx.max_length", self.ptx.max_length)]
+
     def inputs(self) -> dict[str, str]:
         return super().inputs() | _reward_inputs(self)
 
@@ -251,9 +251,9 @@ class Evaluate(Stage):
     rewards: dict[str, Any] = field(default_factory=dict)  # {name: reward}: the judge
     policies: dict[str, str] = field(default_factory=dict)  # {name: model path or run}; shown in this order
     reference: str | None = None  # name in `policies` that KL and differences are taken against; None: the first
-    group_size: int = 1  # answers a prompt
-    max_prompt_length: int = 256  # tokens; longer prompts are left out and counted
-    bootstrap: int = 2000  # resamples of the prompts for the confidence intervals
+    group_size: int = num(1, ge=1)  # answers a prompt
+    max_prompt_length: int = num(256, ge=1)  # tokens; longer prompts are left out and counted
+    bootstrap: int = num(2000, ge=1)  # resamples of the prompts for the confidence intervals
 
     stage: ClassVar[str] = "evaluate"
     groups: ClassVar[tuple[str, ...]] = ("deepspeed", "launcher", "logger", "rollout")
@@ -262,7 +262,6 @@ class Evaluate(Stage):
         super().check()
         _some_reward(self)
         self.rollout.check()
-        positive(self, "group_size", "bootstrap", "max_prompt_length")
         if not self.policies:
             raise InputError("policies is empty: name at least one, as in +policies.sft=runs/<name>/sft")
         if self.reference is not None and self.reference not in self.policies:
@@ -278,7 +277,7 @@ class Pipeline:
 
     run_name: str = MISSING  # folder under runs_dir
     runs_dir: str = "runs"
-    seed: int = 0
+    seed: int = num(0, ge=0, le=SEEDS)
     dry_run: bool = False
     resume: bool = False  # keep the finished stages of this run_name, do the others
     reuse: bool = True  # link to finished stages of the same config and inputs under runs_dir, make the others
@@ -362,8 +361,11 @@ def to_config(composed: DictConfig, stage: str) -> Any:
     if stray := stray_keys(composed):  # Hydra's "+" adds what no dataclass has a field for
         near = nearest_key(stray[0], OmegaConf.structured(config))
         raise InputError(f"no config key {stray[0]!r}{f': did you mean {near}?' if near else ''}")
+    check_numbers(config)
     for part in config.stages() if isinstance(config, Pipeline) else [config]:
         part.check()
+        for line in contradictions(part):
+            raise InputError(line)
     return config
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import MISSING
 
+from alignkit.ranges import num
 from alignkit.types import InputError, Rows
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Data:
     )
     split: str = "train"  # which split, where a hub id or a folder has several
     columns: dict[str, str] = field(default_factory=dict)  # our field -> its column, e.g. {prompt: question}
-    limit: int | None = None  # only the first N rows
+    limit: int | None = num(None, ge=1)  # only the first N rows
 
     def check(self) -> None:
         """Raise InputError for what can be seen without reading the data: cheap enough for every rank and the CLI."""
@@ -151,15 +152,13 @@ class Data:
 class Ptx:
     """A language-model loss beside PPO's, on data of its own, against forgetting (PPO-ptx, arXiv 2203.02155)."""
 
-    coef: float = 0.0  # weight of the mean loss of its tokens; 0: off
+    coef: float = num(0.0, ge=0)  # weight of the mean loss of its tokens; 0: off
     data: Data = field(default_factory=lambda: Data(path=""))  # prompts and completions, as the sft stage takes them
-    mini_batch_size: int = 16  # rows of one optimizer step, over all ranks
-    max_length: int = 512  # tokens of prompt + completion; longer rows are left out and counted
+    mini_batch_size: int = num(16, ge=1)  # rows of one optimizer step, over all ranks
+    max_length: int = num(512, ge=2)  # tokens of prompt + completion; longer rows are left out and counted
 
     def check(self) -> None:
         """Raise InputError where data and coefficient do not go together."""
-        if self.coef < 0:
-            raise InputError(f"ptx.coef={self.coef}: expected 0 or more")
         if bool(self.coef) != bool(self.data.path):
             raise InputError(
                 f"ptx.coef={self.coef} with ptx.data.path={self.data.path!r}: give both, or neither for PPO without ptx"
@@ -201,6 +200,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
+        except RecursionError:
+            raise InputError(f"{where}: not JSON that can be read: brackets without end: remove the row") from None
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{where}: not JSON ({error.msg} at column {error.colno}): expected one object a line, as "
@@ -372,6 +373,8 @@ def _messages(where: str, column: str, value: Any, expected: str) -> list[dict[s
 def _string(where: str, column: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: '{column}' is {_found(value)}, expected a string: write it as text")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # no tokenizer takes it
+        raise InputError(f"{where}: '{column}' has half a character, {_short(value)}: write the file again as UTF-8")
     if not value.strip():
         raise InputError(f"{where}: '{column}' is an empty string, expected text: fill it in or remove the row")
     return value

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.ranges import num
 from alignkit.types import InputError, Loss, Metrics, RunError
 
 if TYPE_CHECKING:
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 class Optimizer:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = 1e-4  # at the end of the warm-up
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-5  # as in lm-human-preferences and its successors; 1e-8 is torch's default
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # clip the gradient norm here; 0: do not clip
+    learning_rate: float = num(1e-4, gt=0, le=1)  # at the end of the warm-up
+    betas: tuple[float, float] = num((0.9, 0.999), ge=0, lt=1)  # of the running means of gradient and square
+    eps: float = num(1e-5, gt=0)  # as in lm-human-preferences and its successors; 1e-8 is torch's default
+    weight_decay: float = num(0.0, ge=0)
+    max_grad_norm: float = num(1.0, ge=0)  # clip the gradient norm here; 0: do not clip
     schedule: str = "linear"  # linear (to 0) | cosine (to 0) | constant
-    warmup_steps: int = 0  # optimizer-schedule steps from 0 to learning_rate
+    warmup_steps: int = num(0, ge=0)  # optimizer-schedule steps from 0 to learning_rate
 
     def factor(self, step: int, total: int) -> float:
         """Learning-rate factor of the update `step` (from 0) of `total`: 1 - step/total when linear, never 0."""
@@ -52,6 +53,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.schedule not in ("linear", "cosine", "constant"):
             raise InputError(f"optimizer.schedule={self.schedule!r}: expected linear, cosine or constant")
+        if len(self.betas) != 2:
+            raise InputError(f"optimizer.betas={list(self.betas)}: expected two numbers, as [0.9,0.999]")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -20,6 +21,15 @@ def nearest_key(key: str, config: DictConfig) -> str | None:
     last = key.rsplit(".", 1)[-1]
     same_end = difflib.get_close_matches(last, {name.rsplit(".", 1)[-1] for name in known}, n=1, cutoff=0.7)
     return next((name for name in known if same_end and name.rsplit(".", 1)[-1] == same_end[0]), None)
+
+
+def unknown_key(*messages: str) -> str | None:
+    """The key that Hydra or OmegaConf say is not there, as dotted as they tell it; None: they complain of something else."""
+    text = "\n".join(messages)
+    for pattern in (r"not in .*?full_key: (\S+)", r"Could not override '([^']+)'", r"[Kk]ey '([^']+)' (?:is )?not in"):
+        if "not in" in text and (found := re.search(pattern, text, re.DOTALL)):
+            return found.group(1)
+    return None
 
 
 def one_line(error: BaseException) -> str:
@@ -47,13 +57,6 @@ def _dotted(node: Any, prefix: str = "") -> list[str]:
         child = None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
         keys += _dotted(child, f"{prefix}{key}.")
     return keys
-
-
-def positive(config: Any, *names: str) -> None:
-    """Raise InputError where a field is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise InputError(f"{config.stage}: {name}={getattr(config, name)}: expected 1 or more")
 
 
 def divides(name: str, value: int, **factors: int) -> None:

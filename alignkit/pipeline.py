@@ -221,11 +221,14 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
         {role: ModelSource} of those that exist now.
     """
     from alignkit import artifacts
+    from alignkit.chat import check_fits
+    from alignkit.check_model import check_source
+    from alignkit.rules import model_contradictions
     from alignkit.types import InputError
 
     sources = {}
     for role, path in cfg.inputs().items():
-        if path and path not in later:
+        if path not in later:
             key = f"{role}.path" if role.startswith("rewards.") or "." not in role else role
             source = sources[role] = artifacts.resolve_model(path, key)
             stage = (artifacts.read_manifest(source.run) or {}).get("stage") if source.run else None
@@ -233,17 +236,46 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
                 raise InputError(
                     f"{key}={path}: a run of {stage}, which has no score; expected one of reward, as runs/<name>/reward"
                 )
+            facts = check_source(source, f"{key}={path}", cfg.model.chat_template, scores=role.startswith("rewards."))
+            for line in model_contradictions(cfg, facts, f"{key}={path}"):
+                raise InputError(line)
     artifacts.check_hand_off(sources)
+    _check_adapters(cfg, sources)
     if hasattr(cfg, "finetune"):
         for source in sources.values():
             cfg.finetune.check_start(source.adapter)
     for reward in getattr(cfg, "rewards", {}).values():
         if hasattr(reward, "load"):
             reward.load()
-    for rows in (cfg.data, getattr(cfg, "eval_data", None)):
-        if rows is not None and rows.path and not any(rows.path.startswith(f"{folder}/") for folder in later):
-            rows.rows(cfg.row_kind)
+    speaks = next(iter(sources.values()), None)  # the model whose tokenizer the stage will use
+    for data, kind, name, limit in cfg.row_sets():
+        if (data.path or data is cfg.data) and not any(data.path.startswith(f"{folder}/") for folder in later):
+            rows = data.rows(kind)
+            if speaks is not None:
+                check_fits(rows, limit, name, Path(speaks.tokenizer), cfg.model.chat_template)
     return sources
+
+
+def _check_adapters(cfg: Any, sources: dict[str, Any]) -> None:
+    """Where an engine is only sent adapters: refuse a policy without one, and policies with several bases."""
+    from alignkit.types import InputError
+
+    policies = {role: source for role, source in sources.items() if not role.startswith("rewards.")}
+    known = len(policies) == sum(not role.startswith("rewards.") for role in cfg.inputs())
+    if cfg.stage not in ("sample", "evaluate") or not known:  # PPO's is made by its finetune; others are still to come
+        return
+    if getattr(cfg.rollout, "payload", "") == "adapter" and not any(source.adapter for source in policies.values()):
+        given = " ".join(f"{role}={source.base}" for role, source in policies.items())
+        raise InputError(f"rollout.payload=adapter with {given}: no adapter there; use rollout.payload=merged or auto")
+    if cfg.rollout.adapters_only:
+        bases = {role: str(Path(source.base).resolve()) for role, source in policies.items()}
+        first = next(iter(bases), "")
+        for role, base in bases.items():
+            if base != bases[first]:
+                raise InputError(
+                    f"rollout={cfg.rollout.name} with {first} on {bases[first]} and {role} on {base}: an engine that is "
+                    "sent adapters holds one base; use rollout=vllm with rollout.payload=merged"
+                )
 
 
 def describe(cfg: Any, script: str | None = None) -> str:

@@ -26,8 +26,11 @@ Message = dict[str, str]
 class InputError(ValueError):
     """An input is refused: a config, a file, a model or a run folder. The command ends with exit code 2.
 
-    The message names the thing, the value given, the value expected and the fix, on one line.
+    The message names the thing, the value given, the value expected and the fix, on one line, whatever it quotes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 class RunError(RuntimeError):

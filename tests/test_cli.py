@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from tiny import BOS, EOS, PAD, TEMPLATE
 
 from alignkit import artifacts, cli
 from alignkit.launch.local import Local
@@ -95,8 +97,13 @@ def write_rows(path: Path, *rows: dict) -> None:
 
 
 def finished_run(run_dir: Path, stage: str, base: Path, tokenizer_hash: str = "t0", **changes) -> None:
-    """A run folder as a stage leaves it, without weights."""
+    """A run folder as a stage leaves it, with an adapter of no weights."""
     (run_dir / "model").mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, run_dir / "model" / name)
+    write_weights(run_dir / "model" / "adapter_model.safetensors")
+    if stage == "reward":
+        write_weights(run_dir / "model" / "score_head.safetensors")
     (run_dir / "model" / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(base), "r": 16, "lora_alpha": 32})
     )
@@ -106,12 +113,34 @@ def finished_run(run_dir: Path, stage: str, base: Path, tokenizer_hash: str = "t
     )
 
 
+def write_weights(path: Path) -> None:
+    """A safetensors file without tensors."""
+    path.write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
+def write_model(folder: Path) -> None:
+    """A model folder as far as the command line reads it: facts, a token a byte, ChatML; no weights."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder.mkdir(parents=True)
+    facts = {"max_position_embeddings": 2048, "num_hidden_layers": 30, "vocab_size": 259}
+    (folder / "config.json").write_text(json.dumps(facts))
+    write_weights(folder / "model.safetensors")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS, PAD, BOS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
 def make_work(folder: Path) -> Path:
     """A folder with a model, rows of each kind, a reward function and finished runs in runs/base."""
     model = folder / "model"
-    model.mkdir(parents=True)
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    write_model(model)
     write_rows(folder / "answers.jsonl", *({"prompt": f"p{i}", "completion": f"c{i}"} for i in range(4)))
     write_rows(folder / "prompts.jsonl", *({"prompt": f"p{i}"} for i in range(4)))
     write_rows(folder / "pairs.jsonl", *({"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(4)))
@@ -278,7 +307,7 @@ def test_an_unknown_key_in_an_experiment_file(work):
         ("model.dtype=float64", ["model.dtype='float64'", "float32 or bfloat16"]),
         ("optimizer.schedule=step", ["schedule='step'", "linear, cosine or constant"]),
         ("eval_fraction=1", ["eval_fraction=1", "0 <= eval_fraction < 1"]),
-        ("data.limit=0", ["data.limit=0", "at least 1"]),
+        ("data.limit=0", ["data.limit=0", "1 or more, or null"]),
         ("run_name=../up", ["run_name='../up'", "use letters"]),
         ("launcher.num_ranks=0", ["launcher.num_ranks=0", "1 or more"]),
         ("finetune=lorra", ["finetune", "lorra", "full", "lora"]),
@@ -302,7 +331,7 @@ def test_a_value_of_the_wrong_type_or_outside_its_range(work, override, words):
         ("ppo", ["group_size=3"], ["rollout_batch_size=64", "group_size=3", "try rollout_batch_size=66"]),
         ("ppo", ["rollout.temperature=0"], ["rollout.temperature=0", "more than 0"]),
         ("ppo", ["algorithm.gamma=2"], ["algorithm.gamma=2", "from 0 to 1"]),
-        ("sample", ["group_size=1"], ["group_size=1", "at least 2"]),
+        ("sample", ["group_size=1"], ["group_size=1", "2 or more"]),
         ("pipeline", ["ppo.mini_batch_size=128"], ["mini_batch_size=128", "rollout_batch_size=64"]),
         ("evaluate", ["reference=ppo"], ["reference='ppo'", "sft"]),
     ],

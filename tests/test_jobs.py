@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import finished_run, invoke
+from test_cli import finished_run, invoke, write_model
 
 from alignkit import artifacts, jobs
 from alignkit.launch.scheduler import Job, write_record
@@ -60,6 +60,7 @@ def test_a_failed_stage_says_its_error():
 def run(tmp_path) -> Path:
     """A run with three stages, in the order of their names another than that of their work."""
     root = tmp_path / "runs" / "mine"
+    write_model(tmp_path / "model")
     for stage in ("sft", "reward", "ppo"):
         finished_run(root / stage, stage, tmp_path / "model")
     artifacts.write_manifest(root / "ppo", status="running")

@@ -21,11 +21,13 @@ from transformers import (
 from alignkit.algorithms import functional as F
 from alignkit.algorithms.ppo import PPO
 from alignkit.models import make_roles
-from alignkit.rollout.base import Context
+from alignkit.rollout.base import Context, stored_policy, stored_rank
 from alignkit.rollout.hf import HF
+from alignkit.rollout.server import Server
+from alignkit.rollout.vllm import VLLM
 from alignkit.stages import ppo as stage
 from alignkit.tokens import collate_prompts
-from alignkit.types import InputError
+from alignkit.types import InputError, ModelSource
 
 STOP, DRAWS = 0, 20_000
 
@@ -155,3 +157,19 @@ def test_24_only_the_policys_own_law_has_a_mean_k1_that_is_the_kl(law):
         assert mean < -3 * error
     else:
         assert mean >= -3 * error and abs(mean - kl) < 4 * error
+
+
+def test_a_policy_that_does_not_train_is_sent_as_its_adapter_lies(tmp_path):
+    """Rank and files for an engine that is only sent adapters; the bare base has none."""
+    for name, rank in (("one", 8), ("two", 32)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(f'{{"r": {rank}}}')
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode())
+        (tmp_path / name / "tokenizer.json").write_text("{}")  # not the engine's business
+    sources = [ModelSource("base"), *(ModelSource("base", tmp_path / name) for name in ("one", "two"))]
+    assert stored_rank(Server(), sources) == stored_rank(VLLM(payload="adapter"), sources) == 32
+    assert stored_rank(Server(), sources[:1]) is None and stored_rank(VLLM(), sources) is None
+    assert stored_policy(sources[0], lambda: []).save_adapter is None
+    stored_policy(sources[1], lambda: []).save_adapter(tmp_path / "sync" / "version_1")
+    sent = {file.name: file.read_bytes() for file in (tmp_path / "sync/version_1").iterdir()}
+    assert sent == {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": b"one"}

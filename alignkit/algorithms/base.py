@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from alignkit.ranges import num
 from alignkit.types import Experience, InputError, Loss, Metrics, ScoredRollouts
 
 if TYPE_CHECKING:
@@ -24,49 +25,33 @@ IMPORTANCE = ("token", "sequence", "icepop", "none")
 class Surrogate:
     """The clipped surrogate (arXiv 1707.06347) with KL to the reference; advantages are the subclass's."""
 
-    ppo_epochs: int = 1  # passes over the experience of one round
-    clip_range: float = 0.2  # ratio kept within 1 +- this
-    clip_range_high: float | None = None  # upper bound 1 + this instead (arXiv 2503.14476); None: clip_range
-    dual_clip: float | None = None  # c > 1 bounds the loss by -c A where A < 0 (arXiv 1912.09729); None: off
-    target_kl: float | None = None  # end a round's updates before the optimizer step whose approx_kl exceeds this
-    ent_coef: float = 0.0  # weight of the exact entropy bonus
+    ppo_epochs: int = num(1, ge=1)  # passes over the experience of one round
+    clip_range: float = num(0.2, gt=0, lt=1)  # ratio kept within 1 +- this
+    clip_range_high: float | None = num(None, gt=0)  # upper bound 1 + this instead (arXiv 2503.14476); None: clip_range
+    dual_clip: float | None = num(None, gt=1)  # c > 1 bounds the loss by -c A where A < 0 (arXiv 1912.09729); None: off
+    target_kl: float | None = num(None, gt=0)  # end a round's updates before the step whose approx_kl exceeds this
+    ent_coef: float = num(0.0, ge=0)  # weight of the exact entropy bonus
     aggregation: str = "token_mean"  # token_mean | sequence_mean_token_mean | sequence_mean_token_sum
     whiten_advantages: bool = False  # over the global batch: mean 0, biased variance 1
-    kl_coef: float = 0.05  # weight of the KL to the reference policy
+    kl_coef: float = num(0.05, ge=0)  # weight of the KL to the reference policy
     kl_in: str = "reward"  # reward: a penalty on every token | loss: a term beside the surrogate
     kl_estimator: str | None = None  # in the reward k1; in the loss k2, k1+ or k3+; None: k1 or k2
-    adaptive_kl_target: float | None = None  # nats a response; adapt kl_coef towards it (arXiv 1909.08593); None: fixed
-    adaptive_kl_horizon: float = 10000.0  # sequences over which kl_coef adapts
+    adaptive_kl_target: float | None = num(None, gt=0)  # nats a response that kl_coef adapts to (arXiv 1909.08593)
+    adaptive_kl_horizon: float = num(10000.0, gt=0)  # sequences over which kl_coef adapts
     normalize_scores: bool = False  # (score - mean) / std of all scores seen so far
-    score_clip: float | None = None  # scores kept within +- this, after normalising; None: not clipped
+    score_clip: float | None = num(None, gt=0)  # scores kept within +- this, after normalising; None: not clipped
     missing_eos: str = "replace"  # replace | subtract | none: what happens to the score of a response cut by its length
     missing_eos_value: float = -1.0  # the score it gets (replace), or what is taken off it (subtract)
     importance: str = "token"  # token | sequence | icepop | none: correct for a sampler that is not quite the trainer
-    importance_cap: float | None = 2.0  # weights above it are held there (icepop: dropped); None: no bound
-    importance_floor: float | None = None  # the same from below
+    importance_cap: float | None = num(2.0, gt=0)  # weights above it are held there (icepop: dropped); None: no bound
+    importance_floor: float | None = num(None, ge=0)  # the same from below
     peer_parity: bool = False  # allow choices that peers ship although they are wrong, with a warning
 
     needs_critic: ClassVar[bool] = False
     needs_groups: ClassVar[bool] = False  # whether several responses a prompt are compared
 
     def check(self, group_size: int, updates_per_round: int) -> None:
-        """Raise InputError for values outside their range and for combinations without a meaning."""
-        in_range(0 < self.clip_range < 1, "clip_range", self.clip_range, "0 < clip_range < 1")
-        high = self.clip_range_high
-        in_range(high is None or high > 0, "clip_range_high", high, "more than 0, or null for clip_range")
-        in_range(
-            self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "more than 1, or null for off"
-        )
-        in_range(
-            self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "more than 0, or null for off"
-        )
-        for name in ("ent_coef", "kl_coef"):
-            in_range(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        in_range(self.ppo_epochs >= 1, "ppo_epochs", self.ppo_epochs, "1 or more")
-        target = self.adaptive_kl_target
-        in_range(target is None or target > 0, "adaptive_kl_target", target, "more than 0, or null for a fixed kl_coef")
-        in_range(self.adaptive_kl_horizon > 0, "adaptive_kl_horizon", self.adaptive_kl_horizon, "more than 0")
-        in_range(self.score_clip is None or self.score_clip > 0, "score_clip", self.score_clip, "more than 0, or null")
+        """Raise InputError for unknown choices and for combinations without a meaning."""
         one_of("aggregation", self.aggregation, AGGREGATIONS)
         one_of("missing_eos", self.missing_eos, ("replace", "subtract", "none"))
         one_of("kl_in", self.kl_in, ("reward", "loss"))
@@ -298,12 +283,6 @@ def experience_metrics(scored: ScoredRollouts, scores: Tensor, experience: Exper
     for name, part in scored.score_parts.items():
         metrics[f"objective/score/{name}"] = (float(part.sum()), rows)
     return metrics
-
-
-def in_range(holds: bool, name: str, value: Any, expected: str) -> None:
-    """Raise InputError unless `holds`."""
-    if not holds:
-        raise InputError(f"algorithm.{name}={value}: expected {expected}")
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

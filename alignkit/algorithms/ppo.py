@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from alignkit.algorithms.base import State, Surrogate, in_range, one_of
+from alignkit.algorithms.base import State, Surrogate, one_of
+from alignkit.ranges import num
 from alignkit.types import Experience, Loss, Metrics, ScoredRollouts
 
 if TYPE_CHECKING:
@@ -18,24 +19,18 @@ class PPO(Surrogate):
 
     name: str = "ppo"
     whiten_advantages: bool = True  # over the global batch: mean 0, biased variance 1
-    value_clip_range: float | None = 0.2  # values kept within +- this of the old ones; None: not clipped
-    vf_coef: float = 0.1  # weight of the value loss; matters where a gradient is clipped, or shared with the policy
-    gamma: float = 1.0  # discount
-    gae_lambda: float = 0.95  # of generalised advantage estimation (arXiv 1506.02438)
+    value_clip_range: float | None = num(0.2, gt=0)  # values kept within +- this of the old ones; None: not clipped
+    vf_coef: float = num(0.1, gt=0)  # of the value loss; matters where a gradient is clipped or shared
+    gamma: float = num(1.0, ge=0, le=1)  # discount
+    gae_lambda: float = num(0.95, ge=0, le=1)  # of generalised advantage estimation (arXiv 1506.02438)
     score_slot: str = "on_last_token"  # on_last_token | after_eos: the slot behind it, as arXiv 2403.17031
     whiten_rewards: bool = False  # token rewards to variance 1, their mean kept (arXiv 1909.08593)
-    critic_warmup: int = 0  # rounds at the start in which only the critic learns
+    critic_warmup: int = num(0, ge=0)  # rounds at the start in which only the critic learns
 
     needs_critic: ClassVar[bool] = True
 
     def check(self, group_size: int, updates_per_round: int) -> None:
         super().check(group_size, updates_per_round)
-        limit = self.value_clip_range
-        in_range(limit is None or limit > 0, "value_clip_range", limit, "more than 0, or null for none")
-        for name in ("gamma", "gae_lambda"):
-            in_range(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
-        in_range(self.vf_coef > 0, "vf_coef", self.vf_coef, "more than 0: a critic that does not learn is no critic")
-        in_range(self.critic_warmup >= 0, "critic_warmup", self.critic_warmup, "0 or more")
         one_of("score_slot", self.score_slot, ("on_last_token", "after_eos"))
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignkit.algorithms.base import Surrogate, in_range
+from alignkit.algorithms.base import Surrogate
+from alignkit.ranges import num
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,11 +18,7 @@ class ReinforcePP(Surrogate):
 
     name: str = "reinforce_pp"
     whiten_advantages: bool = True  # over the global batch: mean 0, biased variance 1
-    gamma: float = 1.0  # discount
-
-    def check(self, group_size: int, updates_per_round: int) -> None:
-        super().check(group_size, updates_per_round)
-        in_range(0 <= self.gamma <= 1, "gamma", self.gamma, "a number from 0 to 1")
+    gamma: float = num(1.0, ge=0, le=1)  # discount
 
     def advantages(self, rewards: Tensor, values: Tensor | None, mask: Tensor, group_size: int) -> tuple:
         from alignkit.algorithms import functional as F

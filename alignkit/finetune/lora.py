@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignkit import models
 from alignkit.finetune.critic import Critic
+from alignkit.ranges import num
 from alignkit.types import InputError, Payload
 
 if TYPE_CHECKING:
@@ -23,19 +24,13 @@ class LoRA:
     """Adapters of rank `rank` on the frozen base."""
 
     name: str = "lora"
-    rank: int = 16
-    alpha: float = 32.0  # the update is scaled by alpha / rank
-    dropout: float = 0.0  # in SFT and reward training; PPO runs without
+    rank: int = num(16, ge=1)
+    alpha: float = num(32.0, gt=0)  # the update is scaled by alpha / rank
+    dropout: float = num(0.0, ge=0, lt=1)  # in SFT and reward training; PPO runs without
     target_modules: Any = "all-linear"  # or a list of module names, as in PEFT
-    last_layers: int | None = None  # adapt only the last so many blocks; None: all. Backward stops below them
+    last_layers: int | None = num(None, ge=1)  # adapt only the last so many blocks, where backward stops; None: all
 
     critic_kinds: ClassVar[tuple[str, ...]] = ("adapter", "trunk", "separate")
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"finetune.rank={self.rank}: expected 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"finetune.dropout={self.dropout}: expected 0 <= dropout < 1")
 
     def check_start(self, adapter: Path | None) -> None:
         """Refuse to continue an adapter of another shape than this config describes. Reads JSON only."""

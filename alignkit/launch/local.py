@@ -14,6 +14,7 @@ from pathlib import Path
 
 from alignkit.log import PROGRESS
 from alignkit.progress import follow
+from alignkit.ranges import num
 from alignkit.types import InputError
 
 
@@ -22,9 +23,9 @@ class Local:
     """DeepSpeed's launcher on this machine."""
 
     name: str = "local"
-    num_ranks: int = 1  # processes: devices on a GPU machine, any number on a CPU
-    threads: int | None = None  # CPU threads a rank; None: the cores divided by the ranks
-    port: int | None = None  # of the ranks' rendezvous; None: a free one
+    num_ranks: int = num(1, ge=1)  # processes: devices on a GPU machine, any number on a CPU
+    threads: int | None = num(None, ge=1)  # CPU threads a rank; None: the cores divided by the ranks
+    port: int | None = num(None, ge=1, le=65535)  # of the ranks' rendezvous; None: a free one
 
     def check(self) -> None:
         """Raise InputError where a field makes no sense."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from alignkit.ranges import check_numbers, num
 from alignkit.types import InputError
 
 # A time limit as Slurm writes it. Bare minutes are left out: YAML reads 12:00:00 without quotes as the number 43200.
@@ -27,10 +28,10 @@ class Slurm:
     """A batch job on a Slurm cluster; None and empty: not asked for, the cluster's own default counts."""
 
     name: str = "slurm"
-    num_ranks: int = 1  # processes over all nodes: one a GPU
-    nodes: int = 1  # num_ranks is shared out evenly
-    gpus_per_node: int | None = None
-    cpus_per_task: int | None = None  # of each rank
+    num_ranks: int = num(1, ge=1)  # processes over all nodes: one a GPU
+    nodes: int = num(1, ge=1)  # num_ranks is shared out evenly
+    gpus_per_node: int | None = num(None, ge=1)
+    cpus_per_task: int | None = num(None, ge=1)  # of each rank
     mem: str | None = None  # of each node, as 64G
     time: str | None = None  # wall-clock limit, as 12:00:00 or 2-00:00:00; a job that saved itself gets it anew
     partition: str | None = None
@@ -41,17 +42,17 @@ class Slurm:
     reservation: str | None = None
     flags: list[str] = field(default_factory=list)  # further flags of sbatch, as --mail-type=END
     requeue: bool = True  # a job that was told to stop and saved itself is queued again
-    max_restarts: int = 50  # how often
-    signal_lead_s: int = 120  # how long before the time limit the ranks are told to save
+    max_restarts: int = num(50, ge=0)  # how often
+    signal_lead_s: int = num(120, ge=1)  # how long before the time limit the ranks are told to save
     setup: list[str] = field(default_factory=list)  # lines of shell before anything runs, as module load cuda
     env: dict[str, str] = field(default_factory=dict)  # {name: value} exported to the ranks
-    threads: int | None = None  # CPU threads a rank; None: cpus_per_task
+    threads: int | None = num(None, ge=1)  # CPU threads a rank; None: cpus_per_task
     python: str | None = None  # None: the one that submits; python3 in a container
     container: str | None = None  # image that the ranks run in; the batch script stays outside
     container_runtime: str = "pyxis"  # or apptainer
     container_mounts: list[str] = field(default_factory=list)  # as /data:/data
-    server_nodes: int = 0  # further nodes for the servers of rollout=server: a heterogeneous job
-    server_gpus_per_node: int | None = None
+    server_nodes: int = num(0, ge=0)  # further nodes for the servers of rollout=server: a heterogeneous job
+    server_gpus_per_node: int | None = num(None, ge=1)
     after: list[str] = field(default_factory=list)  # ids of jobs that must end well first
     site: str | None = None  # YAML file of these keys, or the name of one in slurm/sites; it fills what is not set here
 
@@ -61,14 +62,6 @@ class Slurm:
 
     def check(self) -> None:
         """Raise InputError where two fields contradict each other."""
-        for name in ("num_ranks", "nodes", "gpus_per_node", "cpus_per_task", "threads", "signal_lead_s"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"launcher.{name}={value}: expected 1 or more")
-        if self.max_restarts < 0 or self.server_nodes < 0:
-            raise InputError(
-                f"launcher.max_restarts={self.max_restarts}, launcher.server_nodes={self.server_nodes}: expected 0 or more"
-            )
         if self.num_ranks % self.nodes:
             better = (self.num_ranks // self.nodes + 1) * self.nodes
             raise InputError(
@@ -119,6 +112,7 @@ class Slurm:
             elif ours[name] == getattr(default, name):
                 filled[name] = value
         made = replace(self, **filled)
+        check_numbers(made, "launcher.")
         made.check()
         return made
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from alignkit import models
+from alignkit.ranges import num
 from alignkit.rewards.base import Context, Scorer
 from alignkit.types import Rollouts
 
@@ -22,7 +23,7 @@ class RewardModel:
     name: str = "reward_model"
     path: str = MISSING  # a finished reward run: runs/<name>/reward
     weight: float = 1.0  # in the sum of rewards
-    micro_batch_size: int = 16  # sequences of one forward, outside PPO
+    micro_batch_size: int = num(16, ge=1)  # sequences of one forward, outside PPO
 
     def start(self, context: Context) -> Scorer:
         """Loads the model at the first call: PPO never makes one, since it scores with its own `reward_model` role."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from alignkit.ranges import num
 from alignkit.types import InputError, ModelSource, Payload, PromptBatch, Rollouts
 
 if TYPE_CHECKING:
@@ -21,30 +24,25 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank ma
 class Sampling:
     """The sampler's law, the same in every engine."""
 
-    temperature: float = 1.0  # of the sampler, policy, old, reference and entropy alike
-    max_new_tokens: int = 64  # slots of a response, the stop token included
+    temperature: float = num(1.0, gt=0)  # of the sampler, policy, old, reference and entropy alike
+    max_new_tokens: int = num(64, ge=1)  # slots of a response, the stop token included
     stop_token_ids: list[int] | None = None  # stop there as well as at the tokenizer's eos
-    top_p: float = 1.0  # sample from the likeliest tokens that hold this much probability; 1: from all
-    top_k: int = 0  # sample from the so many likeliest tokens; 0: from all
-    min_tokens: int = 0  # no stop token before so many tokens
+    top_p: float = num(1.0, gt=0, le=1)  # sample from the likeliest tokens that hold this much probability; 1: from all
+    top_k: int = num(0, ge=0)  # sample from the so many likeliest tokens; 0: from all
+    min_tokens: int = num(0, ge=0)  # no stop token before so many tokens
     allow_biased_sampling: bool = False  # let PPO learn from another law than the policy's (top_p, top_k, min_tokens)
 
+    @property
+    def adapters_only(self) -> bool:
+        """Whether a sync sends adapters and never whole weights."""
+        return False
+
     def check(self) -> None:
-        """Raise InputError for a law no log-prob can be taken of."""
-        if not self.temperature > 0:
-            raise InputError(
-                f"rollout.temperature={self.temperature}: expected more than 0 (0 would be greedy, without log-probs)"
-            )
-        if self.max_new_tokens < 1:
-            raise InputError(f"rollout.max_new_tokens={self.max_new_tokens}: expected 1 or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"rollout.top_p={self.top_p}: expected 0 < top_p <= 1")
-        if self.top_k < 0:
-            raise InputError(f"rollout.top_k={self.top_k}: expected 0 (all tokens) or more")
-        if not 0 <= self.min_tokens <= self.max_new_tokens:
+        """Raise InputError where two fields contradict each other."""
+        if self.min_tokens > self.max_new_tokens:
             raise InputError(
                 f"rollout.min_tokens={self.min_tokens} with rollout.max_new_tokens={self.max_new_tokens}: "
-                "expected 0 <= min_tokens <= max_new_tokens"
+                "expected min_tokens <= max_new_tokens"
             )
 
     def check_unbiased(self) -> None:
@@ -153,9 +151,10 @@ class Context:
         *,
         max_sequences: int,
         roles: nn.Module,
+        adapter_rank: int | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> Context:
-        """The context of a stage's config."""
+        """The context of a stage's config. `adapter_rank`: of what will be synced, where it is; else finetune.rank."""
         return cls(
             base=source.base,
             dtype=cfg.model.dtype,
@@ -166,11 +165,29 @@ class Context:
             max_sequences=max_sequences,
             trust_remote_code=cfg.model.trust_remote_code,
             roles=roles,
-            adapter_rank=getattr(getattr(cfg, "finetune", None), "rank", None),
+            adapter_rank=adapter_rank or getattr(getattr(cfg, "finetune", None), "rank", None),
             tokenizer=source.tokenizer,
             note=note,
             scratch=cfg.run_dir if cfg.run_dir.is_dir() else None,
         )
+
+
+def stored_rank(law: Sampling, sources: Iterable[ModelSource]) -> int | None:
+    """The largest rank of the adapters of policies that do not train, for an engine that takes nothing else."""
+    files = [source.adapter / "adapter_config.json" for source in sources if source.adapter is not None]
+    return max((json.loads(file.read_text())["r"] for file in files), default=None) if law.adapters_only else None
+
+
+def stored_policy(source: ModelSource, weights: Callable[[], Iterable[tuple[str, Tensor]]]) -> Payload:
+    """What a sync may send of a policy that does not train: whole weights, or its adapter's files as they lie."""
+
+    def copy(folder: Path) -> None:
+        assert source.adapter is not None
+        folder.mkdir(parents=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(source.adapter / name, folder / name)
+
+    return Payload(weights, copy if source.adapter is not None else None)
 
 
 def stream_seed(seed: int, step: int, prompt: int, sample: int) -> int:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.ranges import num
 from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
 from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
 
@@ -32,29 +33,23 @@ class Server(Sampling):
 
     name: str = "server"
     urls: list[str] = field(default_factory=list)  # of servers that run already, as http://host:8000; []: start some
-    servers: int = 1  # how many to start on this machine, where urls is empty
-    async_steps: int = 0  # 1: generate the next batch while this one trains; importance weights correct for the lag
+    servers: int = num(1, ge=1)  # how many to start on this machine, where urls is empty
+    async_steps: int = num(0, ge=0, le=1)  # 1: generate the next batch while this one trains; see importance
     api_key_env: str = "ALIGNKIT_SERVER_KEY"  # the environment variable with the key of the servers in urls
-    request_timeout_s: float = 300.0  # of one response
-    retries: int = 2  # of one request, on another server where there is one
-    restarts: int = 3  # how often servers that end are started again, in all, before the run stops
-    start_timeout_s: float = 600.0  # until a started server is healthy
-    kv_cache_gib: float = 1.0  # key-value cache of the CPU build
-    gpu_memory_utilization: float = 0.9  # share of the device that a started server may take
+    request_timeout_s: float = num(300.0, gt=0)  # of one response
+    retries: int = num(2, ge=0)  # of one request, on another server where there is one
+    restarts: int = num(3, ge=0)  # how often servers that end are started again, in all, before the run stops
+    start_timeout_s: float = num(600.0, gt=0)  # until a started server is healthy
+    kv_cache_gib: float = num(1.0, gt=0)  # key-value cache of the CPU build
+    gpu_memory_utilization: float = num(0.9, gt=0, le=1)  # share of the device that a started server may take
     enforce_eager: bool = True  # no CUDA graphs: starts faster, decodes slower on a GPU
+
+    @property
+    def adapters_only(self) -> bool:
+        return True
 
     def check(self) -> None:
         super().check()
-        if self.servers < 1:
-            raise InputError(f"rollout.servers={self.servers}: expected 1 or more")
-        if self.async_steps not in (0, 1):
-            raise InputError(f"rollout.async_steps={self.async_steps}: expected 0 or 1")
-        for name in ("retries", "restarts"):
-            if getattr(self, name) < 0:
-                raise InputError(f"rollout.{name}={getattr(self, name)}: expected 0 or more")
-        for name in ("request_timeout_s", "start_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"rollout.{name}={getattr(self, name)}: expected more than 0 seconds")
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise InputError(f"rollout.urls: {url!r} is no URL, expected http://host:port")
@@ -90,11 +85,7 @@ class ServerSampler:
     def __init__(self, config: Server, context: Context) -> None:
         import httpx
 
-        if context.adapter_rank is None:
-            raise InputError(
-                "rollout=server sends adapters, and this policy has none: use rollout=vllm, or finetune=lora in ppo"
-            )
-        if context.adapter_rank > LORA_RANKS[-1]:
+        if (context.adapter_rank or 0) > LORA_RANKS[-1]:
             raise InputError(
                 f"finetune.rank={context.adapter_rank}: vLLM takes adapters of rank {LORA_RANKS[-1]} at most"
             )
@@ -201,7 +192,9 @@ class ServerSampler:
         """Write the adapter to the shared folder and load it on every server, under a name that is never used again."""
         if version <= self.version:
             raise RunError(f"weights of version {version} pushed over version {self.version}: versions only grow")
-        assert payload.save_adapter is not None
+        if payload.save_adapter is None:  # the base as it is
+            self.adapter, self.version = None, version
+            return
         folder = Path(self.context.shared(str(self.folder / f"version_{version}")))
         if self.context.rank == 0:
             try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.ranges import num
 from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
 from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
 
@@ -28,10 +29,14 @@ class VLLM(Sampling):
     name: str = "vllm"
     payload: str = "auto"  # adapter | merged | auto: what a sync sends; auto: the adapter on a GPU, merged on a CPU
     prefix_caching: bool = True  # prompts with the same beginning share its keys and values; emptied at every sync
-    kv_cache_gib: float = 1.0  # key-value cache of the CPU build
-    gpu_memory_utilization: float = 0.3  # share of the device that vLLM may take, weights and cache
+    kv_cache_gib: float = num(1.0, gt=0)  # key-value cache of the CPU build
+    gpu_memory_utilization: float = num(0.3, gt=0, le=1)  # share of the device that vLLM may take, weights and cache
     enforce_eager: bool = True  # no CUDA graphs: starts faster, decodes slower on a GPU
     sleep: bool = False  # leave the GPU's memory to the trainer between rollouts; without effect on a CPU
+
+    @property
+    def adapters_only(self) -> bool:
+        return self.payload == "adapter"
 
     def check(self) -> None:
         super().check()
@@ -117,7 +122,9 @@ class VLLMSampler:
     def _send_adapter(self, payload: Payload, version: int) -> None:
         from vllm.lora.request import LoRARequest
 
-        assert payload.save_adapter is not None  # `choose_payload`
+        if payload.save_adapter is None:  # the base as it is
+            self.lora = None
+            return
         folder, old = self.folder / f"version_{version}", self.lora
         try:
             payload.save_adapter(folder)

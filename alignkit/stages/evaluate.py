@@ -15,7 +15,7 @@ from alignkit.log import RunLog, write_atomic
 from alignkit.rewards import base as rewards
 from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
-from alignkit.types import InputError, Payload
+from alignkit.types import InputError
 
 
 def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -49,11 +49,12 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
             if sampler is None:
                 sampler = cfg.rollout.start(
                     rollout.Context.of(
-                        cfg, source, tokenizer, max_sequences=len(batch.prompt_ids) * cfg.group_size, roles=roles
+                        cfg, source, tokenizer, max_sequences=len(batch.prompt_ids) * cfg.group_size, roles=roles,
+                        adapter_rank=rollout.stored_rank(cfg.rollout, sources.values()),
                     )
-                )
+                )  # fmt: skip
             sampler.use(roles)
-            sampler.sync_weights(Payload(partial(models.named_weights, hf)), version=version)
+            sampler.sync_weights(rollout.stored_policy(source, partial(models.named_weights, hf)), version=version)
             canary.check(sampler, roles, version)
             scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
             kl = (

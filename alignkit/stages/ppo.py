@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from alignkit.log import Clock, RunLog
 from alignkit.rewards import base as rewards
 from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
+from alignkit.stages import _identity
 from alignkit.stages._ptx import PtxBatches
 from alignkit.types import Experience, Loss, Metrics, Rollouts, RunError, Saved, ScoredRollouts
 
@@ -43,6 +45,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     )
     if reward_source is not None:
         artifacts.check_tokenizer({"model": source, "reward_model": reward_source}, tokens.tokenizer_hash(tokenizer))
+        log.note(_identity.check(reward_source.adapter or Path(reward_source.base), tokenizer))
     with log.progress("loading the models", 0):
         critic = cfg.critic if algorithm.needs_critic else None
         roles = cfg.finetune.roles(cfg.model, source, reward_source, len(tokenizer), critic, cfg.seed).to(world.device)
@@ -121,6 +124,9 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                 rollouts = batches.move(rollouts, world.device)
                 sampler.sleep()
             stop_if_asked(step)  # nothing has changed yet but the prompts drawn
+            if step == first:
+                same, finished = _identity.same_ids(rollouts, tokenizer)
+                log.note(f"{same} of {finished} finished responses have the ids that their text encodes to")
             cursor = order.state_dict()
             if lag and step + 1 < cfg.steps:
                 ahead.append(background.submit(generate, step + 1))

@@ -11,7 +11,7 @@ from alignkit import artifacts, batches, data, models, tokens
 from alignkit.config import Reward
 from alignkit.engine import World
 from alignkit.log import RunLog
-from alignkit.stages import _trl
+from alignkit.stages import _identity, _trl
 
 
 def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -65,6 +65,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     if world.rank == 0:
         tokenizer.save_pretrained(model_dir)
         models.save_head(normalised_head(trainer.model, mean, std, cfg.normalize), model_dir)
+        _identity.write(rows, tokenizer, model_dir)
     adapter = (model_dir / "adapter_config.json").is_file()
     facts = artifacts.describe(
         source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=adapter

@@ -11,7 +11,7 @@ from alignkit.log import RunLog, write_atomic
 from alignkit.rewards import base as rewards
 from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
-from alignkit.types import InputError, Payload
+from alignkit.types import InputError
 
 
 def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -33,9 +33,12 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
         hf = models.load_policy(source, cfg.model, len(tokenizer)).to(world.device)
         roles = models.single_role(hf)
         sampler = cfg.rollout.start(
-            rollout.Context.of(cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=roles)
-        )
-        sampler.sync_weights(Payload(lambda: models.named_weights(hf)), version=1)
+            rollout.Context.of(
+                cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=roles,
+                adapter_rank=rollout.stored_rank(cfg.rollout, [source]),
+            )
+        )  # fmt: skip
+        sampler.sync_weights(rollout.stored_policy(source, lambda: models.named_weights(hf)), version=1)
         attest.Canary.of(cfg, prompts, tokenizer).check(sampler, roles, version=1)
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from command import alignkit
 from jobs import metrics, run_many
 
 pytestmark = pytest.mark.slow
@@ -75,3 +76,40 @@ def test_the_last_server_takes_the_run_with_it_and_its_log_is_shown(served):
     assert "the end of a" in error and "INFO" in error  # lines of vLLM's own log
     assert len(metrics(folder / "last_server_killed" / "ppo")) == 1
     assert not (folder / "last_server_killed" / "ppo" / "model").exists()
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory) -> Path:
+    """An adapter on the tiny model that moves its answers a long way."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapter") / "model"
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", [["rollout=server"], ["rollout=vllm", "rollout.payload=adapter"]], ids=" ".join)
+def test_sample_and_evaluate_send_adapters_too(tiny, rows, adapter, tmp_path, engine):
+    """The canary of each stage proves that the engine answers with the adapter, and the bare base between two of them."""
+    (tmp_path / "mine.py").write_text(
+        "def score(prompts, responses, meta):\n    return [float(len(r)) for r in responses]\n"
+    )
+    common = [
+        f"runs_dir={tmp_path}", "run_name=served", f"data.path={rows}", "data.limit=8", "logger=none", *engine,
+        "rollout.max_new_tokens=8", "+reward@rewards.mine=function", f"rewards.mine.target={tmp_path / 'mine.py'}:score",
+    ]  # fmt: skip
+    policies = [f"+policies.one={adapter}", f"+policies.base={tiny}", f"+policies.two={adapter}"]
+    for name, own in (
+        ("sample", [f"model.path={adapter}", "finished_only=false"]),
+        ("evaluate", [*policies, "reference=base"]),
+    ):
+        done = alignkit(name, *common, *own)
+        assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "served/evaluate/results.json").read_text())["policies"]
+    assert results["base"]["kl"] == 0 and results["one"]["kl"] > 1  # the adapter is far from the base
+    assert results["one"] == results["two"]
+    assert (tmp_path / "served/sample/pairs.jsonl").read_text().count("\n") > 0
