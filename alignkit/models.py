@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,12 @@ class Model:
 
 
 def load_base(
-    path: str, model: Model, vocab: int, auto_class: str = "AutoModelForCausalLM", **kwargs: Any
+    path: str, model: Model, vocab: int, auto_class: str = "AutoModelForCausalLM", nf4: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """A transformers model without dropout, safetensors only, its embedding grown to `vocab` rows where it has fewer."""
+    """A transformers model without dropout, safetensors only, its embedding grown to `vocab` rows where it has fewer.
+
+    `nf4`: its linear layers are held in 4 bits (arXiv 2305.14314), all but the output layer, and computed in model.dtype.
+    """
     import torch
     import transformers
 
@@ -56,13 +60,72 @@ def load_base(
         dtype=getattr(torch, model.dtype),
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
+        **(nf4_arguments(model) if nf4 else {}),
     )
+    for layer in nf4_layers(hf).values():
+        layer.support_avx512bf16_for_cpu = False  # or a forward in eval mode packs the weight so that it has no gradient
     hf.trained_rows = hf.get_input_embeddings().weight.shape[0]  # rows added for a pad token are never emitted
     if vocab > hf.trained_rows:
         hf.resize_token_embeddings(vocab, mean_resizing=False)
     hf.config.use_cache = False
     disable_dropout(hf)
     return hf
+
+
+def nf4_arguments(model: Model) -> dict[str, Any]:
+    """What `from_pretrained` is told for a base in NF4 with double quantisation."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    shape = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": shape, "device_map": {"": device}}
+
+
+def nf4_layers(hf: nn.Module) -> dict[str, Any]:
+    """{name: layer} of those held in 4 bits."""
+    return {name: part for name, part in hf.named_modules() if type(part).__name__ == "Linear4bit" and is_nf4(part)}
+
+
+def is_nf4(layer: nn.Module) -> bool:
+    """Whether the layer's weight is held in 4 bits."""
+    return hasattr(getattr(layer, "weight", None), "quant_state")
+
+
+def dense_weight(layer: Any) -> Tensor:
+    """The weight that a linear layer computes with, whole, also of one held in 4 bits."""
+    if not is_nf4(layer):
+        return layer.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has cut the parameters of `module` up: forwards gather them, so every rank must run as many."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+@contextmanager
+def recomputed(module: nn.Module, on: bool) -> Iterator[None]:
+    """Inside, where `on`, the blocks of all transformers models in `module` keep their inputs only and are computed again
+    in backward. They do so in training mode alone, which changes nothing else in a model without dropout."""
+    hfs = [part for part in module.modules() if on and hasattr(part, "gradient_checkpointing_enable")]
+    for hf in hfs:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    training = module.training
+    module.train(on or training)
+    try:
+        yield
+    finally:
+        module.train(training)
+        for hf in hfs:
+            hf.gradient_checkpointing_disable()
 
 
 def disable_dropout(module: nn.Module) -> None:
@@ -252,6 +315,8 @@ def make_roles(
                 unique += [] if known else [hf]
             self.models = nn.ModuleList(unique)
             self.heads = nn.ModuleDict(heads)
+            for head in heads.values():  # called as modules, so that ZeRO-3 gathers their weights
+                head.forward = partial(apply_head, head)
             self.trunk_critic = trunk_critic
             sharing = list(self.role_of.values()).count(0)
             self.blocks = shared_blocks(unique[0]) if sharing > 1 else 0
@@ -278,15 +343,15 @@ def make_roles(
                 with only_blocks(hf, self.blocks, len(hf.base_model.layers), norm=True):
                     hidden = _base_forward(hf, mask, inputs_embeds=lower)
             if role == "reward_model":
-                return apply_head(self.heads[role], last_valid(hidden, mask))
+                return self.heads[role](last_valid(hidden, mask))
             hidden = response_hidden(hidden, starts, response_slots)
             if role == "critic":
-                return apply_head(self.heads[role], hidden)
+                return self.heads[role](hidden)
             logits = hf.get_output_embeddings()(hidden)[..., : hf.trained_rows]
             at = _response_slots(starts, response_slots, ids.shape[1])
             labels = ids.gather(1, at).masked_fill(~mask.gather(1, at), 0)
             logprobs = F.response_logprobs(logits, labels, temperature)
-            values = apply_head(self.heads["critic"], hidden) if self.trunk_critic and role == "policy" else None
+            values = self.heads["critic"](hidden) if self.trunk_critic and role == "policy" else None
             return logprobs, (F.entropy(logits, temperature) if entropy else None), values
 
     return Roles()
@@ -303,18 +368,26 @@ def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight as its checkpoint names it, tied copies once."""
+    """(name, tensor) of every weight as its checkpoint names it, tied copies once, those in 4 bits as they are computed with."""
+    packed = {f"{name}.weight": layer for name, layer in nf4_layers(hf).items()}
     tied = set(getattr(hf, "_tied_weights_keys", None) or ()) if hf.config.tie_word_embeddings else set()
     embeddings = {p.data_ptr() for m in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in m.parameters()}
     for name, tensor in hf.state_dict().items():
-        if name not in tied:
+        if name in packed:
+            yield name, dense_weight(packed[name])
+        elif name not in tied and ".weight." not in name:  # "….weight.absmax" and the like: of a weight in 4 bits
             vocabulary = tensor.data_ptr() in embeddings
             yield name, tensor[: hf.trained_rows] if vocabulary else tensor
 
 
+def as_trained(hf: PreTrainedModel) -> PreTrainedModel:
+    """The same with its 4-bit weights, if any, written out: an adapter trained on those belongs to these values."""
+    return hf.dequantize() if nf4_layers(hf) else hf
+
+
 def load_policy(source: ModelSource, model: Model, vocab: int) -> PreTrainedModel:
     """A whole causal LM for inference, its adapter (if any) folded in."""
-    hf = load_base(source.base, model, vocab)
+    hf = as_trained(load_base(source.base, model, vocab, nf4=source.nf4))
     if source.adapter is not None:
         from peft import PeftModel
 
@@ -326,13 +399,25 @@ def continue_adapter(hf: PreTrainedModel, adapter: Path) -> Any:
     """`hf` with a trainable copy of a trained adapter."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False)
+    return keep_dtype(PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False))
+
+
+def new_adapter(hf: PreTrainedModel, peft_config: Any) -> Any:
+    """`hf` with a fresh adapter in the base's dtype."""
+    from peft import get_peft_model
+
+    return keep_dtype(get_peft_model(hf, peft_config, autocast_adapter_dtype=False))
+
+
+def keep_dtype(peft: Any) -> Any:
+    """Hide from TRL that the base is in 4 bits: its trainers round the adapters of such bases to bfloat16."""
+    if nf4_layers(peft):
+        peft.get_base_model().is_loaded_in_4bit = False
+    return peft
 
 
 def adapt_for_scores(hf: PreTrainedModel, peft_config: Any, start: Path | None) -> Any:
     """A sequence classifier with a LoRA adapter and a trained head; the adapter starts as the one in `start`, if any."""
-    from peft import get_peft_model
-
     if start is not None:
         saved = type(peft_config).from_pretrained(start)  # the shape of the adapter that it continues
         saved.task_type, saved.inference_mode, saved.lora_dropout = (
@@ -342,7 +427,7 @@ def adapt_for_scores(hf: PreTrainedModel, peft_config: Any, start: Path | None) 
         )
         saved.base_model_name_or_path = hf.config._name_or_path
         peft_config = saved
-    peft = get_peft_model(hf, peft_config, autocast_adapter_dtype=False)
+    peft = new_adapter(hf, peft_config)
     if start is not None:
         copy_adapter(peft, start, "default")
     return peft
@@ -376,7 +461,7 @@ def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:
     """A finished reward run as a roles module whose only role is reward_model."""
     folder = source.adapter or Path(source.base)
     head = load_head(folder)
-    hf = load_base(source.base, model, vocab)
+    hf = as_trained(load_base(source.base, model, vocab, nf4=source.nf4))
     if source.adapter is not None:
         from peft import LoraConfig, get_peft_model
 
