@@ -235,7 +235,8 @@ class Engine:
         self.engine.optimizer.zero_grad()
         for group in getattr(self.engine.optimizer, "averaged_gradients", {}):
             self.engine.optimizer.averaged_gradients[group] = None
-        if hasattr(self.engine.optimizer, "micro_step_id") and self.shards is None:  # or gradients on the host are added to
+        if self.shards is None and hasattr(self.engine.optimizer, "micro_step_id"):
+            # Or gradients on the host would be added to; stage 3 has set its own to 0 by now.
             self.engine.optimizer.micro_step_id = -1
 
     def next_update(self) -> None:

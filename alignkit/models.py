@@ -63,7 +63,7 @@ def load_base(
         **(nf4_arguments(model) if nf4 else {}),
     )
     for layer in nf4_layers(hf).values():
-        layer.support_avx512bf16_for_cpu = False  # or a forward in eval mode packs the weight so that it has no gradient
+        layer.support_avx512bf16_for_cpu = False  # or a forward in eval mode packs the weight, and gradients are lost
     hf.trained_rows = hf.get_input_embeddings().weight.shape[0]  # rows added for a pad token are never emitted
     if vocab > hf.trained_rows:
         hf.resize_token_embeddings(vocab, mean_resizing=False)
@@ -89,7 +89,8 @@ def nf4_arguments(model: Model) -> dict[str, Any]:
 
 def nf4_layers(hf: nn.Module) -> dict[str, Any]:
     """{name: layer} of those held in 4 bits."""
-    return {name: part for name, part in hf.named_modules() if type(part).__name__ == "Linear4bit" and is_nf4(part)}
+    own = "bitsandbytes."  # not PEFT's wrappers around such layers
+    return {name: part for name, part in hf.named_modules() if type(part).__module__.startswith(own) and is_nf4(part)}
 
 
 def is_nf4(layer: nn.Module) -> bool:

@@ -20,7 +20,7 @@ class ZeRO:
     overlap_comm: bool = False  # reduce gradients while backward goes on; a second stream and more memory on a GPU
     reduce_bucket_size: int = 50_000_000  # gradients reduced together (stages 1 to 3)
     allgather_bucket_size: int = 50_000_000  # updated parameters gathered together (stages 1 and 2)
-    prefetch_bucket_size: int = 0  # parameters gathered ahead, in SFT and reward; PPO's roles take turns and gather none
+    prefetch_bucket_size: int = 0  # parameters gathered ahead, in SFT and reward; in PPO, where roles take turns, none
     max_live_parameters: int = 1_000_000_000  # gathered at once (stage 3)
     persistence_threshold: int = 0  # parameters of at most so many elements stay whole on every rank (stage 3)
 

@@ -30,7 +30,9 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         log.note(f"held-out pairs: {dropped.describe()}")
 
     # 2. The base with a scalar head; its adapter starts as the SFT run's, where there is one.
-    hf = models.load_base(source.base, cfg.model, len(tokenizer), "AutoModelForSequenceClassification", cfg.finetune.nf4, num_labels=1)
+    hf = models.load_base(
+        source.base, cfg.model, len(tokenizer), "AutoModelForSequenceClassification", cfg.finetune.nf4, num_labels=1
+    )
     hf.config.pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(cfg.seed)
     hf.score = models.score_head(hf.config.hidden_size, generator, bias=False).to(hf.dtype)
