@@ -23,6 +23,7 @@ def map_rows(
     response_slots: int,
     micro_batch_size: int,
     behind: int = 0,
+    *,
     together: bool = False,
 ) -> Any:
     """Run a no-grad forward over all rows, in micro-batches of like length with the padding cut off.

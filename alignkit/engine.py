@@ -304,6 +304,23 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def recomputed(module: nn.Module, on: bool) -> Iterator[None]:
+    """Inside, where `on`, the blocks of all transformers models in `module` keep their inputs only and are computed again
+    in backward. They do so in training mode alone, which changes nothing else in a model without dropout."""
+    hfs = [part for part in module.modules() if on and hasattr(part, "gradient_checkpointing_enable")]
+    for hf in hfs:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    training = module.training
+    module.train(on or training)
+    try:
+        yield
+    finally:
+        module.train(training)
+        for hf in hfs:
+            hf.gradient_checkpointing_disable()
+
+
 def _only(parameters: list[nn.Parameter], module: nn.Module) -> nn.Module:
     """`module` as DeepSpeed sees it: with these parameters and no others, so that engines over one module do not cast,
     clip, reduce or clear what belongs to another."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from alignkit import quantised
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
@@ -60,10 +61,9 @@ def load_base(
         dtype=getattr(torch, model.dtype),
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
-        **(nf4_arguments(model) if nf4 else {}),
+        **(quantised.arguments(model.dtype) if nf4 else {}),
     )
-    for layer in nf4_layers(hf).values():
-        layer.support_avx512bf16_for_cpu = False  # or a forward in eval mode packs the weight, and gradients are lost
+    quantised.keep_gradients(hf)
     hf.trained_rows = hf.get_input_embeddings().weight.shape[0]  # rows added for a pad token are never emitted
     if vocab > hf.trained_rows:
         hf.resize_token_embeddings(vocab, mean_resizing=False)
@@ -72,61 +72,9 @@ def load_base(
     return hf
 
 
-def nf4_arguments(model: Model) -> dict[str, Any]:
-    """What `from_pretrained` is told for a base in NF4 with double quantisation."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    shape = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
-    )
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    return {"quantization_config": shape, "device_map": {"": device}}
-
-
-def nf4_layers(hf: nn.Module) -> dict[str, Any]:
-    """{name: layer} of those held in 4 bits."""
-    own = "bitsandbytes."  # not PEFT's wrappers around such layers
-    return {name: part for name, part in hf.named_modules() if type(part).__module__.startswith(own) and is_nf4(part)}
-
-
-def is_nf4(layer: nn.Module) -> bool:
-    """Whether the layer's weight is held in 4 bits."""
-    return hasattr(getattr(layer, "weight", None), "quant_state")
-
-
-def dense_weight(layer: Any) -> Tensor:
-    """The weight that a linear layer computes with, whole, also of one held in 4 bits."""
-    if not is_nf4(layer):
-        return layer.weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-
-
 def is_cut(module: nn.Module) -> bool:
     """Whether ZeRO-3 has cut the parameters of `module` up: forwards gather them, so every rank must run as many."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
-
-
-@contextmanager
-def recomputed(module: nn.Module, on: bool) -> Iterator[None]:
-    """Inside, where `on`, the blocks of all transformers models in `module` keep their inputs only and are computed again
-    in backward. They do so in training mode alone, which changes nothing else in a model without dropout."""
-    hfs = [part for part in module.modules() if on and hasattr(part, "gradient_checkpointing_enable")]
-    for hf in hfs:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    training = module.training
-    module.train(on or training)
-    try:
-        yield
-    finally:
-        module.train(training)
-        for hf in hfs:
-            hf.gradient_checkpointing_disable()
 
 
 def disable_dropout(module: nn.Module) -> None:
@@ -370,25 +318,20 @@ def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight as its checkpoint names it, tied copies once, those in 4 bits as they are computed with."""
-    packed = {f"{name}.weight": layer for name, layer in nf4_layers(hf).items()}
+    packed = {f"{name}.weight": layer for name, layer in quantised.layers(hf).items()}
     tied = set(getattr(hf, "_tied_weights_keys", None) or ()) if hf.config.tie_word_embeddings else set()
     embeddings = {p.data_ptr() for m in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in m.parameters()}
     for name, tensor in hf.state_dict().items():
         if name in packed:
-            yield name, dense_weight(packed[name])
+            yield name, quantised.dense_weight(packed[name])
         elif name not in tied and ".weight." not in name:  # "….weight.absmax" and the like: of a weight in 4 bits
             vocabulary = tensor.data_ptr() in embeddings
             yield name, tensor[: hf.trained_rows] if vocabulary else tensor
 
 
-def as_trained(hf: PreTrainedModel) -> PreTrainedModel:
-    """The same with its 4-bit weights, if any, written out: an adapter trained on those belongs to these values."""
-    return hf.dequantize() if nf4_layers(hf) else hf
-
-
 def load_policy(source: ModelSource, model: Model, vocab: int) -> PreTrainedModel:
     """A whole causal LM for inference, its adapter (if any) folded in."""
-    hf = as_trained(load_base(source.base, model, vocab, nf4=source.nf4))
+    hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4))
     if source.adapter is not None:
         from peft import PeftModel
 
@@ -400,21 +343,14 @@ def continue_adapter(hf: PreTrainedModel, adapter: Path) -> Any:
     """`hf` with a trainable copy of a trained adapter."""
     from peft import PeftModel
 
-    return keep_dtype(PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False))
+    return quantised.keep_dtype(PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False))
 
 
 def new_adapter(hf: PreTrainedModel, peft_config: Any) -> Any:
     """`hf` with a fresh adapter in the base's dtype."""
     from peft import get_peft_model
 
-    return keep_dtype(get_peft_model(hf, peft_config, autocast_adapter_dtype=False))
-
-
-def keep_dtype(peft: Any) -> Any:
-    """Hide from TRL that the base is in 4 bits: its trainers round the adapters of such bases to bfloat16."""
-    if nf4_layers(peft):
-        peft.get_base_model().is_loaded_in_4bit = False
-    return peft
+    return quantised.keep_dtype(get_peft_model(hf, peft_config, autocast_adapter_dtype=False))
 
 
 def adapt_for_scores(hf: PreTrainedModel, peft_config: Any, start: Path | None) -> Any:
@@ -462,7 +398,7 @@ def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:
     """A finished reward run as a roles module whose only role is reward_model."""
     folder = source.adapter or Path(source.base)
     head = load_head(folder)
-    hf = as_trained(load_base(source.base, model, vocab, nf4=source.nf4))
+    hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4))
     if source.adapter is not None:
         from peft import LoraConfig, get_peft_model
 

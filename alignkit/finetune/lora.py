@@ -53,10 +53,8 @@ class LoRA:
             return
         adapter = start.adapter
         if start.run is not None and start.nf4 != self.nf4:
-            theirs, fix = ("in 4 bits", "qlora") if start.nf4 else ("unquantised", "lora")
-            raise InputError(
-                f"finetune={self.name}, but {adapter} was trained on the base {theirs}: use finetune={fix}"
-            )
+            held, fix = ("in 4 bits", "qlora") if start.nf4 else ("unquantised", "lora")
+            raise InputError(f"finetune={self.name}, but {adapter} was trained on the base {held}: use finetune={fix}")
         saved = json.loads((adapter / "adapter_config.json").read_text())
         layers = saved.get("layers_to_transform")
         theirs = {"rank": saved.get("r"), "alpha": saved.get("lora_alpha"), "last_layers": layers and len(layers)}

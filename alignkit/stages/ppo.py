@@ -9,7 +9,7 @@ import torch
 
 from alignkit import artifacts, batches, checkpoint, data, models, tokens
 from alignkit.config import PPO
-from alignkit.engine import Engine, World, gathered
+from alignkit.engine import Engine, World, gathered, recomputed
 from alignkit.log import Clock, RunLog
 from alignkit.rewards import base as rewards
 from alignkit.rollout import attest
@@ -133,7 +133,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             }
 
             # 8. Update: every epoch in a new order, every optimizer step normalised by its own global token count.
-            with clock("update"), models.recomputed(roles, cfg.gradient_checkpointing):
+            with clock("update"), recomputed(roles, cfg.gradient_checkpointing):
                 learning = [role for role in engines if role == "critic" or step >= algorithm.policy_starts_at]
                 numbers = update(cfg, roles, engines, experience, world, shuffle, learning, ptx)
                 numbers |= {f"{role}/learning_rate": engine.learning_rate for role, engine in engines.items()}
