@@ -286,6 +286,7 @@ def shard(module: nn.Module, config: dict, dtype: str) -> Any:
             if parameter.requires_grad:  # DeepSpeed casts no parameter that is cut already
                 parameter.data = parameter.data.to(getattr(torch, dtype))
         plain = config | {"bf16": {"enabled": False}}  # frozen heads keep their float32
+        deepspeed.zero.Init(module=module, config_dict_or_path=plain)  # one parameter after the other to the device
         module.shards = deepspeed.initialize(model=root, config=plain, dist_init_required=False)[0].optimizer
     return module.shards
 

@@ -51,6 +51,7 @@ class ZeRO:
                 "stage3_max_live_parameters": self.max_live_parameters,
                 "stage3_max_reuse_distance": self.max_live_parameters,
                 "stage3_param_persistence_threshold": self.persistence_threshold,
+                "memory_efficient_linear": False,  # its default replaces torch's linear in the whole process, vLLM's too
                 "stage3_gather_16bit_weights_on_model_save": True,  # or TRL's trainers cannot save
             }
         if self.offload_optimizer:
