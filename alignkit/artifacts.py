@@ -280,7 +280,11 @@ def describe(
         nf4: the adapter was trained on the base held in 4 bits, and belongs to those values.
     """
     return {
-        "base_model": {"path": source.base, "hash": model_hash(Path(source.base)), "quantization": "nf4" if nf4 else None},
+        "base_model": {
+            "path": source.base,
+            "hash": model_hash(Path(source.base)),
+            "quantization": "nf4" if nf4 else None,
+        },
         "adapter": adapter,
         "tokenizer_hash": tokenizer_hash,
         "data_hash": data_hash,
