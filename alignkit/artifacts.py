@@ -159,7 +159,7 @@ def resolve_model(path: str, key: str = "model.path") -> ModelSource:
             base = manifest.get("base_model")
             if not isinstance(base, dict) or not isinstance(base.get("path"), str):
                 raise InputError(f"{folder / 'manifest.json'} is damaged (no base_model.path): run the stage again")
-            return ModelSource(base["path"], model, str(model), folder)
+            return ModelSource(base["path"], model, str(model), folder, base.get("quantization") == "nf4")
         if not (model / "config.json").is_file():
             raise InputError(
                 f"{key}={path}: the {manifest['stage']} stage makes no model; give a run of sft, reward or ppo"
@@ -299,15 +299,22 @@ def plain_config(run_dir: Path) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
 
 
-def describe(source: ModelSource, *, tokenizer_hash: str, data_hash: str, adapter: bool | None) -> dict[str, Any]:
+def describe(
+    source: ModelSource, *, tokenizer_hash: str, data_hash: str, adapter: bool | None, nf4: bool = False
+) -> dict[str, Any]:
     """What a stage's manifest says beside its metrics.
 
     Args:
         source: the model the stage started from.
         adapter: whether `model/` holds an adapter on the base (True), a whole model (False) or nothing (None).
+        nf4: the adapter was trained on the base held in 4 bits, and belongs to those values.
     """
     return {
-        "base_model": {"path": source.base, "hash": model_hash(Path(source.base))},
+        "base_model": {
+            "path": source.base,
+            "hash": model_hash(Path(source.base)),
+            "quantization": "nf4" if nf4 else None,
+        },
         "adapter": adapter,
         "tokenizer_hash": tokenizer_hash,
         "data_hash": data_hash,

@@ -23,6 +23,8 @@ def map_rows(
     response_slots: int,
     micro_batch_size: int,
     behind: int = 0,
+    *,
+    together: bool = False,
 ) -> Any:
     """Run a no-grad forward over all rows, in micro-batches of like length with the padding cut off.
 
@@ -32,6 +34,7 @@ def map_rows(
         ids, mask, starts: rows [B, L] from slot 0 on, as `Rollouts.flush_left` gives them.
         response_slots: Lr, the slots of the result.
         behind: slots behind the last response token that are wanted too (the value after the end).
+        together: make as many micro-batches as the rank that has most, on ranks with as many rows each.
 
     Returns:
         What `function` returns, for all B rows in their order, the cut slots back as 0.
@@ -39,6 +42,8 @@ def map_rows(
     pad = torch.nn.functional.pad
     lengths = row_lengths(mask)
     groups = by_length(lengths, micro_batch_size)
+    if together:
+        groups = by_length(lengths, micro_batch_size, largest(len(groups), ids.device))
     results: list[Any] = []
     with torch.no_grad():
         for index in groups:
@@ -58,6 +63,15 @@ def map_rows(
         return torch.cat(parts)[back]
 
     return whole(results)
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest `number` of any rank; called by all ranks."""
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return number
+    box = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+    return int(box)
 
 
 def row_lengths(mask: Tensor) -> Tensor:

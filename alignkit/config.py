@@ -2,7 +2,7 @@
 
 A config node is the component itself. The folders `algorithms`, `rollout`, `rewards`, `finetune` and `launch` hold
 one dataclass a file; each dataclass with a line `name: str = ...` is an option of the Hydra group called like its folder
-(`deepspeed` and `logger` options live in `engine.py` and `log.py`). A new file is a new option.
+(`deepspeed` and `logger` options live in `zero.py` and `log.py`). A new file is a new option.
 
 `register()` tells Hydra, `to_config()` turns what Hydra composed into objects, `save()` and `load()` keep them in
 `<run_dir>/config.yaml`, the only thing a rank reads.
@@ -36,7 +36,7 @@ GROUPS = {
     "reward": "alignkit.rewards",
     "finetune": "alignkit.finetune",
     "launcher": "alignkit.launch",
-    "deepspeed": "alignkit.engine",
+    "deepspeed": "alignkit.zero",
     "logger": "alignkit.log",
 }
 
@@ -76,6 +76,7 @@ class Stage:
             raise InputError(
                 f"run_name={self.run_name!r}: use letters, digits, '-', '_', '.', '=' and '/' between parts"
             )
+        self.deepspeed.check(self.model.dtype)
 
     def inputs(self) -> dict[str, str]:
         """{role: path} of models and runs this stage reads, resolved and checked before anything starts."""
@@ -123,6 +124,7 @@ class TrainStage(Resumable):
 
     def check(self) -> None:
         super().check()
+        self.finetune.check(self)
         ranks = self.launcher.num_ranks
         divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
 
@@ -200,6 +202,7 @@ class PPO(Resumable):
     micro_batch_size: int = num(8, ge=1)  # sequences of one forward on one device
     group_size: int = num(1, ge=1)  # responses a prompt
     max_prompt_length: int = num(256, ge=1)  # tokens; longer prompts are left out and counted
+    gradient_checkpointing: bool = False  # less memory for a third more compute, in the update
     keep_shared_states: bool = True  # of a round, after the blocks no role adapts: B x (Lp + Lr) x hidden numbers
     sample_every: int = num(1, ge=1)  # write some rollouts to samples.jsonl every so many steps
 
@@ -218,11 +221,7 @@ class PPO(Resumable):
         divides("rollout_batch_size", self.rollout_batch_size, mini_batch_size=self.mini_batch_size)
         divides("rollout_batch_size", self.rollout_batch_size, group_size=self.group_size, ranks=ranks)
         divides("mini_batch_size", self.mini_batch_size, micro_batch_size=self.micro_batch_size, ranks=ranks)
-        if self.deepspeed.stage == 3:
-            raise InputError(
-                f"deepspeed={self.deepspeed.name}: PPO has two optimizers over one module, and this stage cuts the weights "
-                "that are synced; use zero0, zero1 or zero2"
-            )
+        self.finetune.check(self)
         self.critic.check(self.finetune, any(item.name == "reward_model" for item in self.rewards.values()))
         warmup = getattr(self.algorithm, "critic_warmup", 0)
         if warmup and self.critic.kind == "trunk":

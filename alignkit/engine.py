@@ -7,12 +7,15 @@ and undoes DeepSpeed's mean over ranks, so neither the micro-batch size nor the 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.ranges import num
 from alignkit.types import InputError, Loss, Metrics, RunError
+from alignkit.zero import ZeRO
 
 if TYPE_CHECKING:
     import torch
@@ -55,71 +58,6 @@ class Optimizer:
             raise InputError(f"optimizer.schedule={self.schedule!r}: expected linear, cosine or constant")
         if len(self.betas) != 2:
             raise InputError(f"optimizer.betas={list(self.betas)}: expected two numbers, as [0.9,0.999]")
-
-
-@dataclass
-class _ZeRO:
-    """A DeepSpeed config with every key that matters written out."""
-
-    name: str = ""
-    stage: int = 0
-    offload_optimizer: bool = False  # optimizer state in host memory (DeepSpeed's CPU Adam)
-    offload_param: bool = False  # parameters in host memory (stage 3)
-
-    def config(self, *, dtype: str, micro_batch_size: int, world: int, accumulation: int, max_grad_norm: float) -> dict:
-        """The dict given to `deepspeed.initialize` or to TRL. Gradient clipping is always written: its silent default is 1.0."""
-        zero: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": False, "overlap_comm": False}
-        if self.stage:
-            zero |= {"reduce_bucket_size": 5e7, "allgather_bucket_size": 5e7}
-        if self.offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu"}
-        if self.offload_param:
-            zero["offload_param"] = {"device": "cpu"}
-        return {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "train_batch_size": micro_batch_size * accumulation * world,
-            "gradient_clipping": max_grad_norm,
-            "bf16": {"enabled": dtype == "bfloat16"},
-            "fp16": {"enabled": False},
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # ours is torch's AdamW, on the host too
-            "steps_per_print": 10**9,
-            "wall_clock_breakdown": False,
-        }
-
-
-@dataclass
-class Zero0(_ZeRO):
-    """No sharding: plain data parallelism."""
-
-    name: str = "zero0"
-    stage: int = 0
-
-
-@dataclass
-class Zero1(_ZeRO):
-    """Optimizer state is sharded over the ranks."""
-
-    name: str = "zero1"
-    stage: int = 1
-
-
-@dataclass
-class Zero2(_ZeRO):
-    """Optimizer state and gradients are sharded."""
-
-    name: str = "zero2"
-    stage: int = 2
-
-
-@dataclass
-class Zero3(_ZeRO):
-    """Optimizer state, gradients and parameters are sharded."""
-
-    name: str = "zero3"
-    stage: int = 3
 
 
 @dataclass
@@ -228,7 +166,7 @@ class Engine:
         module: nn.Module,
         parameters: list[nn.Parameter],
         optimizer: Optimizer,
-        zero: _ZeRO,
+        zero: ZeRO,
         world: World,
         *,
         dtype: str,
@@ -236,6 +174,8 @@ class Engine:
         updates: int,
     ) -> None:
         """`updates`: how often `next_update` will be called, the length of the learning-rate schedule.
+
+        Brings `module` to this rank's device; ZeRO-3 cuts all its parameters up, see `shard`.
 
         Raises:
             RunError: nothing to train.
@@ -253,6 +193,8 @@ class Engine:
         )
         self.schedule, self.world, self.updates, self.update = optimizer, world, updates, 0
         self.trained = parameters
+        self.shards = shard(module, config, dtype) if zero.stage == 3 else None
+        module.to(world.device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=_only(parameters, module),
             optimizer=optimizer.build(parameters),
@@ -280,6 +222,8 @@ class Engine:
         total = sum(loss.total * (self.world.size / max(count, 1.0)) for loss, count in losses)
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(total, scale_wrt_gas=False)
+        if self.shards is not None:  # blocks whose inputs need no gradient do not let go of their weights by themselves
+            self.shards.release_backward_leftovers()
 
     def step(self) -> float:
         """One optimizer step; the gradient norm before clipping."""
@@ -298,7 +242,8 @@ class Engine:
         self.engine.optimizer.zero_grad()
         for group in getattr(self.engine.optimizer, "averaged_gradients", {}):
             self.engine.optimizer.averaged_gradients[group] = None
-        if hasattr(self.engine.optimizer, "micro_step_id"):  # or gradients on the host would be added to
+        if self.shards is None and hasattr(self.engine.optimizer, "micro_step_id"):
+            # Or gradients on the host would be added to; stage 3 has set its own to 0 by now.
             self.engine.optimizer.micro_step_id = -1
 
     def next_update(self) -> None:
@@ -390,6 +335,64 @@ class Engine:
         rate = self.schedule.learning_rate * self.schedule.factor(min(self.update, self.updates - 1), self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+
+
+def shard(module: nn.Module, config: dict, dtype: str) -> Any:
+    """Cut every parameter of `module` up among the ranks; a layer's are gathered for its forward and its backward.
+
+    DeepSpeed's engine for inference does it, on the module itself: each role's forward, with gradients or without,
+    gathers what it meets. The optimizers are made afterwards, each over its own parameters, which are cut by then.
+    DeepSpeed's order of layers is never recorded (its root is not called): roles take turns, so there is no one order.
+    Every rank must run as many forwards of the same roles as the others.
+
+    Returns:
+        DeepSpeed's keeper of the parts; the same one for the same module.
+    """
+    import deepspeed
+    import torch
+    from torch import nn
+
+    if not hasattr(module, "shards"):
+        root = nn.Module()
+        root.whole = module
+        for parameter in module.parameters():
+            if parameter.requires_grad:  # DeepSpeed casts no parameter that is cut already
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+        plain = config | {"bf16": {"enabled": False}}  # frozen heads keep their float32
+        deepspeed.zero.Init(module=module, config_dict_or_path=plain)  # one parameter after the other to the device
+        module.shards = deepspeed.initialize(model=root, config=plain, dist_init_required=False)[0].optimizer
+    return module.shards
+
+
+@contextmanager
+def gathered(*modules: nn.Module) -> Iterator[None]:
+    """Inside, every parameter of the modules is whole on every rank, also where ZeRO-3 has cut it up. Called by all ranks;
+    no forward may run inside."""
+    cut = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
+    if not cut:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(cut):
+        yield
+
+
+@contextmanager
+def recomputed(module: nn.Module, on: bool) -> Iterator[None]:
+    """Inside, where `on`, the blocks of all transformers models in `module` keep their inputs only and are computed again
+    in backward. They do so in training mode alone, which changes nothing else in a model without dropout."""
+    hfs = [part for part in module.modules() if on and hasattr(part, "gradient_checkpointing_enable")]
+    for hf in hfs:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    training = module.training
+    module.train(on or training)
+    try:
+        yield
+    finally:
+        module.train(training)
+        for hf in hfs:
+            hf.gradient_checkpointing_disable()
 
 
 def _only(parameters: list[nn.Parameter], module: nn.Module) -> nn.Module:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from alignkit import quantised
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
@@ -38,9 +40,12 @@ class Model:
 
 
 def load_base(
-    path: str, model: Model, vocab: int, auto_class: str = "AutoModelForCausalLM", **kwargs: Any
+    path: str, model: Model, vocab: int, auto_class: str = "AutoModelForCausalLM", nf4: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """A transformers model without dropout, safetensors only, its embedding grown to `vocab` rows where it has fewer."""
+    """A transformers model without dropout, safetensors only, its embedding grown to `vocab` rows where it has fewer.
+
+    `nf4`: its linear layers are held in 4 bits (arXiv 2305.14314), all but the output layer, and computed in model.dtype.
+    """
     import torch
     import transformers
 
@@ -56,13 +61,20 @@ def load_base(
         dtype=getattr(torch, model.dtype),
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
+        **(quantised.arguments(model.dtype) if nf4 else {}),
     )
+    quantised.keep_gradients(hf)
     hf.trained_rows = hf.get_input_embeddings().weight.shape[0]  # rows added for a pad token are never emitted
     if vocab > hf.trained_rows:
         hf.resize_token_embeddings(vocab, mean_resizing=False)
     hf.config.use_cache = False
     disable_dropout(hf)
     return hf
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has cut the parameters of `module` up: forwards gather them, so every rank must run as many."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def disable_dropout(module: nn.Module) -> None:
@@ -252,6 +264,8 @@ def make_roles(
                 unique += [] if known else [hf]
             self.models = nn.ModuleList(unique)
             self.heads = nn.ModuleDict(heads)
+            for head in heads.values():  # called as modules, so that ZeRO-3 gathers their weights
+                head.forward = partial(apply_head, head)
             self.trunk_critic = trunk_critic
             sharing = list(self.role_of.values()).count(0)
             self.blocks = shared_blocks(unique[0]) if sharing > 1 else 0
@@ -278,15 +292,15 @@ def make_roles(
                 with only_blocks(hf, self.blocks, len(hf.base_model.layers), norm=True):
                     hidden = _base_forward(hf, mask, inputs_embeds=lower)
             if role == "reward_model":
-                return apply_head(self.heads[role], last_valid(hidden, mask))
+                return self.heads[role](last_valid(hidden, mask))
             hidden = response_hidden(hidden, starts, response_slots)
             if role == "critic":
-                return apply_head(self.heads[role], hidden)
+                return self.heads[role](hidden)
             logits = hf.get_output_embeddings()(hidden)[..., : hf.trained_rows]
             at = _response_slots(starts, response_slots, ids.shape[1])
             labels = ids.gather(1, at).masked_fill(~mask.gather(1, at), 0)
             logprobs = F.response_logprobs(logits, labels, temperature)
-            values = apply_head(self.heads["critic"], hidden) if self.trunk_critic and role == "policy" else None
+            values = self.heads["critic"](hidden) if self.trunk_critic and role == "policy" else None
             return logprobs, (F.entropy(logits, temperature) if entropy else None), values
 
     return Roles()
@@ -303,18 +317,21 @@ def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight as its checkpoint names it, tied copies once."""
+    """(name, tensor) of every weight as its checkpoint names it, tied copies once, those in 4 bits as they are computed with."""
+    packed = {f"{name}.weight": layer for name, layer in quantised.layers(hf).items()}
     tied = set(getattr(hf, "_tied_weights_keys", None) or ()) if hf.config.tie_word_embeddings else set()
     embeddings = {p.data_ptr() for m in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in m.parameters()}
     for name, tensor in hf.state_dict().items():
-        if name not in tied:
+        if name in packed:
+            yield name, quantised.dense_weight(packed[name])
+        elif name not in tied and ".weight." not in name:  # "….weight.absmax" and the like: of a weight in 4 bits
             vocabulary = tensor.data_ptr() in embeddings
             yield name, tensor[: hf.trained_rows] if vocabulary else tensor
 
 
 def load_policy(source: ModelSource, model: Model, vocab: int) -> PreTrainedModel:
     """A whole causal LM for inference, its adapter (if any) folded in."""
-    hf = load_base(source.base, model, vocab)
+    hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4))
     if source.adapter is not None:
         from peft import PeftModel
 
@@ -326,13 +343,18 @@ def continue_adapter(hf: PreTrainedModel, adapter: Path) -> Any:
     """`hf` with a trainable copy of a trained adapter."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False)
+    return quantised.keep_dtype(PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False))
+
+
+def new_adapter(hf: PreTrainedModel, peft_config: Any) -> Any:
+    """`hf` with a fresh adapter in the base's dtype."""
+    from peft import get_peft_model
+
+    return quantised.keep_dtype(get_peft_model(hf, peft_config, autocast_adapter_dtype=False))
 
 
 def adapt_for_scores(hf: PreTrainedModel, peft_config: Any, start: Path | None) -> Any:
     """A sequence classifier with a LoRA adapter and a trained head; the adapter starts as the one in `start`, if any."""
-    from peft import get_peft_model
-
     if start is not None:
         saved = type(peft_config).from_pretrained(start)  # the shape of the adapter that it continues
         saved.task_type, saved.inference_mode, saved.lora_dropout = (
@@ -342,7 +364,7 @@ def adapt_for_scores(hf: PreTrainedModel, peft_config: Any, start: Path | None) 
         )
         saved.base_model_name_or_path = hf.config._name_or_path
         peft_config = saved
-    peft = get_peft_model(hf, peft_config, autocast_adapter_dtype=False)
+    peft = new_adapter(hf, peft_config)
     if start is not None:
         copy_adapter(peft, start, "default")
     return peft
@@ -376,7 +398,7 @@ def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:
     """A finished reward run as a roles module whose only role is reward_model."""
     folder = source.adapter or Path(source.base)
     head = load_head(folder)
-    hf = load_base(source.base, model, vocab)
+    hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4))
     if source.adapter is not None:
         from peft import LoraConfig, get_peft_model
 

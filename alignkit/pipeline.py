@@ -243,7 +243,7 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
     _check_adapters(cfg, sources)
     if hasattr(cfg, "finetune"):
         for source in sources.values():
-            cfg.finetune.check_start(source.adapter)
+            cfg.finetune.check_start(source)
     for reward in getattr(cfg, "rewards", {}).values():
         if hasattr(reward, "load"):
             reward.load()

@@ -182,3 +182,4 @@ class ModelSource:
     adapter: Path | None = None  # folder with adapter_model.safetensors on top of it
     tokenizer: str = ""  # hub id or folder
     run: Path | None = None  # the finished run it came from
+    nf4: bool = False  # the adapter was trained on the base in 4 bits

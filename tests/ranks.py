@@ -17,6 +17,7 @@ from alignkit.algorithms.ppo import PPO
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.stages import ppo as stage
+from alignkit.zero import Zero0, Zero1, Zero2
 
 ROWS, ROUNDS, RATE = 8, 3, 0.3
 CLIPS = {"policy": 0.0, "critic": 0.05}  # so the critic's gradient is clipped, and the policy's is not
@@ -65,7 +66,7 @@ def main(folder: Path, out: Path) -> None:
     world = engine.start()
     get_accelerator().supported_dtypes = lambda: list(set(DTYPES.values()))  # on the CPU it lists no float64
     found: dict = {}
-    for zero in (engine.Zero0(), engine.Zero1(), engine.Zero2()):
+    for zero in (Zero0(), Zero1(), Zero2()):
         roles = new_roles(folder, DTYPES[zero.stage])
         found[zero.stage] = play(CONFIG, roles, new_engines(roles, zero, world), world, ROWS, 2, ROUNDS)
         found[zero.stage]["stopped"] = [stopped(folder, zero, world, discarded) for discarded in (True, False)]

@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "config": {
         *("explain", "rules"),
-        *("data", "engine", "models", "log", "types"),
+        *("data", "engine", "models", "log", "types", "zero"),
         *("algorithms", "rewards", "rollout", "finetune", "launch"),
     },
     "rollout": {"batches", "models", "tokens", "types"},
@@ -76,8 +76,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artifacts": {"log", "demo", "types"},
     "tokens": {"data", "types"},
     "data": {"demo", "types"},
-    "models": {"types", "algorithms.functional"},
-    "engine": {"types"},
+    "models": {"types", "algorithms.functional", "quantised"},
+    "quantised": set(),
+    "engine": {"types", "zero"},
+    "zero": {"types"},
     "batches": {"types"},
     "checkpoint": {"types"},
     "finite": {"types"},
@@ -333,7 +335,7 @@ def test_every_option_of_every_group_composes_to_its_dataclass(group, name):
     where = "rewards.extra" if group == "reward" else group
     choice = f"+reward@rewards.extra={name}" if group == "reward" else f"{group}={name}"
     needed = [f"{where}.{f.name}=x" for f in fields(cls) if f.default is MISSING]
-    command = {"deepspeed": "sft", "reward": "evaluate"}.get(group, "ppo")  # PPO takes no zero3, and one reward model
+    command = "evaluate" if group == "reward" else "ppo"  # PPO takes one reward model
     groups = ["group_size=2"] if name in ("rloo", "grpo") else []
     made = typed(command, choice, *needed, *groups)
     part = made.rewards["extra"] if group == "reward" else getattr(made, group)
@@ -345,9 +347,9 @@ def test_every_group_has_its_options():
         "algorithm": {"grpo", "ppo", "reinforce_pp", "rloo"},
         "rollout": {"hf", "server", "vllm"},
         "reward": {"function", "reward_model", "vader"},
-        "finetune": {"full", "lora"},
+        "finetune": {"full", "lora", "qlora"},
         "launcher": {"local", "slurm"},
-        "deepspeed": {"zero0", "zero1", "zero2", "zero3"},
+        "deepspeed": {"zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"},
         "logger": {"none", "tensorboard", "wandb"},
     }
     assert {group: set(config.components(group)) >= names for group, names in expected.items()} == dict.fromkeys(

@@ -118,7 +118,6 @@ RULES = [
     ("ppo", ["rollout.stop_token_ids=[259]"], ["rollout.stop_token_ids", "259", "0 to 258"]),
     ("ppo", ["rollout.min_tokens=65"], ["rollout.min_tokens=65", "rollout.max_new_tokens=64"]),
     ("ppo", ["rollout.top_k=5"], ["rollout.top_k=5", "rollout.allow_biased_sampling=true"]),
-    ("ppo", ["deepspeed=zero3"], ["deepspeed=zero3", "zero2"]),
     ("ppo", ["algorithm.critic_warmup=1", "critic.kind=trunk"], ["algorithm.critic_warmup=1", "critic.kind=trunk"]),
     ("ppo", ["critic.kind=adapter", "finetune=full"], ["critic.kind=adapter", "finetune=full", "separate"]),
     ("ppo", ["algorithm.adaptive_kl_target=3", "algorithm.kl_coef=0"], ["algorithm.kl_coef=0", "above 0"]),

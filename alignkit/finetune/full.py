@@ -24,12 +24,17 @@ class Full:
     name: str = "full"
 
     critic_kinds: ClassVar[tuple[str, ...]] = ("separate", "trunk")
+    nf4: ClassVar[bool] = False
+    adapter_rank: ClassVar[int | None] = None
 
-    def check_start(self, adapter: Path | None) -> None:
+    def check(self, stage: Any) -> None:
+        """Goes with everything."""
+
+    def check_start(self, start: ModelSource | None) -> None:
         """Refuse to start from an adapter."""
-        if adapter is not None:
+        if start is not None and start.adapter is not None:
             raise InputError(
-                f"finetune=full starts from whole models, but {adapter} is an adapter; use finetune=lora, or merge it first"
+                f"finetune=full starts from whole models, but {start.adapter} is an adapter; use finetune=lora, or merge it first"
             )
 
     def peft_config(self, task_type: str, hf: nn.Module) -> Any:
@@ -49,14 +54,14 @@ class Full:
         import torch
 
         torch.manual_seed(seed)
-        self.check_start(source.adapter)
+        self.check_start(source)
         parts = {
             "policy": models.load_base(source.base, model, vocab),
             "ref_policy": models.load_base(source.base, model, vocab),
         }
         heads: dict[str, nn.Linear] = {}
         if reward is not None:
-            self.check_start(reward.adapter)
+            self.check_start(reward)
             parts["reward_model"] = models.load_base(reward.base, model, vocab)
             heads["reward_model"] = models.load_head(Path(reward.base))
         if critic is not None:

@@ -31,11 +31,25 @@ class LoRA:
     last_layers: int | None = num(None, ge=1)  # adapt only the last so many blocks, where backward stops; None: all
 
     critic_kinds: ClassVar[tuple[str, ...]] = ("adapter", "trunk", "separate")
+    nf4: ClassVar[bool] = False  # the base is held in 4 bits
 
-    def check_start(self, adapter: Path | None) -> None:
-        """Refuse to continue an adapter of another shape than this config describes. Reads JSON only."""
-        if adapter is None:
+    @property
+    def adapter_rank(self) -> int | None:
+        """Of the adapter that a sync may send; None: it sends whole weights."""
+        return self.rank
+
+    def check(self, stage: Any) -> None:
+        """Goes with everything."""
+
+    def check_start(self, start: ModelSource | None) -> None:
+        """Refuse to continue an adapter of another shape than this config describes, or of a base held otherwise. Reads
+        JSON only."""
+        if start is None or start.adapter is None:
             return
+        adapter = start.adapter
+        if start.run is not None and start.nf4 != self.nf4:
+            held, fix = ("in 4 bits", "qlora") if start.nf4 else ("unquantised", "lora")
+            raise InputError(f"finetune={self.name}, but {adapter} was trained on the base {held}: use finetune={fix}")
         saved = json.loads((adapter / "adapter_config.json").read_text())
         layers = saved.get("layers_to_transform")
         theirs = {"rank": saved.get("r"), "alpha": saved.get("lora_alpha"), "last_layers": layers and len(layers)}
@@ -91,9 +105,9 @@ class LoRA:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for start in (source, reward):
-            self.check_start(start.adapter if start is not None else None)
+            self.check_start(start)
         torch.manual_seed(seed)
-        hf = models.load_base(source.base, model, vocab)
+        hf = models.load_base(source.base, model, vocab, nf4=self.nf4)
         heads: dict[str, nn.Linear] = {}
         adapters: set[str] = set()
         if source.adapter is not None:
@@ -126,7 +140,7 @@ class LoRA:
                 self._add_critic(peft, hf, start.adapter)
                 parts["critic"], adapters = hf, adapters | {"critic"}
             elif critic.kind == "separate":
-                parts["critic"] = models.load_base(source.base, model, vocab)
+                parts["critic"] = models.load_base(source.base, model, vocab, nf4=self.nf4)
                 config = self.peft_config("CAUSAL_LM", parts["critic"])
                 pefts += [get_peft_model(parts["critic"], config, adapter_name="critic", autocast_adapter_dtype=False)]
                 if start.adapter is not None:
@@ -170,16 +184,19 @@ class LoRA:
         from peft.tuners.lora import LoraLayer
 
         hf = roles.model("policy")
-        with torch.no_grad():
-            folded = {
-                f"{name}.weight": module.base_layer.weight + module.get_delta_weight("policy")
-                for name, module in hf.named_modules()
-                if isinstance(module, LoraLayer) and "policy" in module.lora_A
-            }
+        adapted = {
+            f"{name}.weight": module
+            for name, module in hf.named_modules()
+            if isinstance(module, LoraLayer) and "policy" in module.lora_A
+        }
         for name, tensor in models.named_weights(hf):
-            if ".lora_" not in name:
-                name = name.replace(".base_layer.", ".")
-                yield name, folded.get(name, tensor)
+            if ".lora_" in name:
+                continue
+            name = name.replace(".base_layer.", ".")
+            if name in adapted:
+                with torch.no_grad():
+                    tensor = tensor + adapted[name].get_delta_weight("policy")
+            yield name, tensor
 
     def save(self, roles: nn.Module, folder: Path) -> None:
         """The policy adapter, in PEFT's layout, as `<folder>/adapter_model.safetensors`."""

@@ -142,6 +142,16 @@ class Context:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def everywhere(self, here: bool) -> bool:
+        """Whether it is so on every rank; called by all ranks."""
+        import torch.distributed as dist
+
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return here
+        found: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(found, here)
+        return all(found)
+
     @classmethod
     def of(
         cls,
@@ -165,7 +175,7 @@ class Context:
             max_sequences=max_sequences,
             trust_remote_code=cfg.model.trust_remote_code,
             roles=roles,
-            adapter_rank=adapter_rank or getattr(getattr(cfg, "finetune", None), "rank", None),
+            adapter_rank=adapter_rank or getattr(getattr(cfg, "finetune", None), "adapter_rank", None),
             tokenizer=source.tokenizer,
             note=note,
             scratch=cfg.run_dir if cfg.run_dir.is_dir() else None,

@@ -48,7 +48,7 @@ class HFSampler:
     ) -> Rollouts:
         import torch
 
-        from alignkit.models import position_ids
+        from alignkit.models import is_cut, position_ids
 
         roles, context, law = self.context.roles, self.context, law or self.sampling
         assert roles is not None  # every stage gives one
@@ -60,6 +60,7 @@ class HFSampler:
         stops = torch.tensor([context.eos_id, *(law.stop_token_ids or [])], device=hf.device)
         slots = law.max_new_tokens
         rows, done, cache = len(ids), torch.zeros(len(ids), dtype=torch.bool, device=hf.device), None
+        cut = is_cut(hf)
         tokens: list[list[int]] = [[] for _ in range(rows)]
         logprobs: list[list[float]] = [[] for _ in range(rows)]
         step_ids, positions = ids.masked_fill(~mask, 0), position_ids(mask)
@@ -83,7 +84,7 @@ class HFSampler:
                 step_ids, positions = drawn[:, None], mask.sum(1, keepdim=True)
                 mask = torch.cat([mask, ~done[:, None]], dim=1)
                 done = done | torch.isin(drawn, stops)
-                if done.all():
+                if context.everywhere(bool(done.all())) if cut else done.all():
                     break
         return pack_rollouts(prompts, group_size, tokens, logprobs, done.tolist(), context, self.version, slots)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from alignkit import artifacts, batches, checkpoint, data, finite, interrupt, tokens
+from alignkit import artifacts, batches, checkpoint, data, finite, interrupt, models, tokens
 from alignkit.config import PPO
-from alignkit.engine import Engine, World
+from alignkit.engine import Engine, World, gathered, recomputed
 from alignkit.log import Clock, RunLog
 from alignkit.rewards import base as rewards
 from alignkit.rollout import attest
@@ -48,7 +48,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         log.note(_identity.check(reward_source.adapter or Path(reward_source.base), tokenizer))
     with log.progress("loading the models", 0):
         critic = cfg.critic if algorithm.needs_critic else None
-        roles = cfg.finetune.roles(cfg.model, source, reward_source, len(tokenizer), critic, cfg.seed).to(world.device)
+        roles = cfg.finetune.roles(cfg.model, source, reward_source, len(tokenizer), critic, cfg.seed)
         engines = {
             role: Engine(
                 roles, parameters, optimizer, cfg.deepspeed, world,
@@ -79,7 +79,8 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         )
         canary = attest.Canary.of(cfg, prompts, tokenizer)
         payload = cfg.finetune.payload(roles)
-        sampler.sync_weights(payload, version)
+        with gathered(roles.model("policy")):
+            sampler.sync_weights(payload, version)
         canary.check(sampler, roles, version)
     log.note(sampler.describe())
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer))
@@ -153,7 +154,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             }
 
             # 8. Update: every epoch in a new order, every optimizer step normalised by its own global token count.
-            with clock("update"):
+            with clock("update"), recomputed(roles, cfg.gradient_checkpointing):
                 learning = [role for role in engines if role == "critic" or step >= algorithm.policy_starts_at]
                 numbers = update(cfg, roles, engines, experience, world, shuffle, learning, ptx)
                 numbers |= {f"{role}/learning_rate": engine.learning_rate for role, engine in engines.items()}
@@ -165,7 +166,8 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             with clock("sync"):
                 version += 1
                 sampler.wake()
-                sampler.sync_weights(payload, version)
+                with gathered(roles.model("policy")):
+                    sampler.sync_weights(payload, version)
             with clock("attest"):
                 numbers |= canary.check(sampler, roles, version)
 
@@ -189,14 +191,16 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     log.note(clock.describe())
 
     # 11. The model for the next stage.
-    if world.rank == 0:
-        cfg.finetune.save(roles, cfg.run_dir / "model")
-        tokenizer.save_pretrained(cfg.run_dir / "model")
+    with gathered(roles.model("policy")):
+        if world.rank == 0:
+            cfg.finetune.save(roles, cfg.run_dir / "model")
+            tokenizer.save_pretrained(cfg.run_dir / "model")
     facts = artifacts.describe(
         source,
         tokenizer_hash=tokens.tokenizer_hash(tokenizer),
         data_hash=data.fingerprint(rows),
         adapter=(cfg.run_dir / "model" / "adapter_config.json").is_file(),
+        nf4=cfg.finetune.nf4,
     )
     return numbers | {"steps": cfg.steps}, facts
 
@@ -221,7 +225,7 @@ def forward(cfg: PPO, roles: torch.nn.Module, rollouts: Rollouts) -> dict[str, t
 
     rows = rollouts.flush_left()
     slots = rollouts.response_ids.shape[1]
-    found = batches.map_rows(every_role, *rows, slots, cfg.micro_batch_size, behind=1)
+    found = batches.map_rows(every_role, *rows, slots, cfg.micro_batch_size, behind=1, together=models.is_cut(roles))
     named = {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
     if "critic_on_trunk" in named:
         named["critic"] = named.pop("critic_on_trunk")

@@ -9,7 +9,7 @@ from trl import RewardConfig, RewardTrainer
 
 from alignkit import artifacts, batches, data, models, tokens
 from alignkit.config import Reward
-from alignkit.engine import World
+from alignkit.engine import World, gathered
 from alignkit.log import RunLog
 from alignkit.stages import _identity, _trl
 
@@ -30,12 +30,15 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         log.note(f"held-out pairs: {dropped.describe()}")
 
     # 2. The base with a scalar head; its adapter starts as the SFT run's, where there is one.
-    hf = models.load_base(source.base, cfg.model, len(tokenizer), "AutoModelForSequenceClassification", num_labels=1)
+    hf = models.load_base(
+        source.base, cfg.model, len(tokenizer), "AutoModelForSequenceClassification", cfg.finetune.nf4, num_labels=1
+    )
     hf.config.pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(cfg.seed)
     hf.score = models.score_head(hf.config.hidden_size, generator, bias=False).to(hf.dtype)
     peft_config = cfg.finetune.peft_config("SEQ_CLS", hf)
     if peft_config is not None:
+        torch.manual_seed(cfg.seed)
         hf = models.adapt_for_scores(hf, peft_config, source.adapter)
     names = {name: f"reward_model/{name}" for name in ("loss", "accuracy", "learning_rate")}
     reporter = _trl.Reporter(log, names, ("reward_model/loss", "reward_model/accuracy"))
@@ -62,14 +65,16 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     # 4. Write the model and its head; the head's bias moves the mean score to 0, and its weight the spread to 1.
     model_dir = cfg.run_dir / "model"
     trainer.save_model(str(model_dir))
-    if world.rank == 0:
-        tokenizer.save_pretrained(model_dir)
-        models.save_head(normalised_head(trainer.model, mean, std, cfg.normalize), model_dir)
-        _identity.write(rows, tokenizer, model_dir)
+    with gathered(_head_of(trainer.model)):
+        if world.rank == 0:
+            tokenizer.save_pretrained(model_dir)
+            models.save_head(normalised_head(trainer.model, mean, std, cfg.normalize), model_dir)
+            _identity.write(rows, tokenizer, model_dir)
     adapter = (model_dir / "adapter_config.json").is_file()
     facts = artifacts.describe(
-        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=adapter
-    )
+        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=adapter,
+        nf4=cfg.finetune.nf4,
+    )  # fmt: skip
     return metrics, facts
 
 
@@ -80,17 +85,18 @@ def score_pairs(
     model = trainer.model.eval()
     mine = list(range(world.rank, len(pairs), world.size))
     rows = [pairs[i][side] for i in mine for side in ("chosen_ids", "rejected_ids")]
-    longest = max((len(row) for row in rows), default=1)
-    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows] or [[pad_id]], device=world.device)
-    mask = torch.tensor(
-        [[True] * len(row) + [False] * (longest - len(row)) for row in rows] or [[True]], device=world.device
-    )
+    rows += [[pad_id]] * (2 * math.ceil(len(pairs) / world.size) - len(rows))  # as many on every rank
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=world.device)
+    mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows], device=world.device)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    scores = batches.map_rows(
-        lambda i, m, starts, slots: models.apply_head(_head_of(base), models.last_valid(models.trunk_hidden(base, i, m), m)),
-        ids, mask, torch.zeros(len(ids), dtype=torch.long, device=world.device), longest, 2 * micro_batch_size,
-    )  # fmt: skip
-    shares = world.gather((mine, scores[: len(rows)].reshape(-1, 2).cpu()))
+    with gathered(head := _head_of(model)):
+        scores = batches.map_rows(
+            lambda i, m, starts, slots: models.apply_head(head, models.last_valid(models.trunk_hidden(base, i, m), m)),
+            ids, mask, torch.zeros(len(ids), dtype=torch.long, device=world.device), longest, 2 * micro_batch_size,
+            together=models.is_cut(base),
+        )  # fmt: skip
+    shares = world.gather((mine, scores[: 2 * len(mine)].reshape(-1, 2).cpu()))
     table = torch.empty(len(pairs), 2)
     for index, part in shares:
         if index:
@@ -115,8 +121,7 @@ def accuracy_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, 
 
 def normalised_head(model, mean: float, std: float, normalize: str) -> torch.nn.Linear:
     """The trained head with its scores' mean moved to 0 (`mean`) and spread to 1 (`mean_std`), or as it is (`none`)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trained = _head_of(base)
+    trained = _head_of(model)
     head = torch.nn.Linear(trained.weight.shape[1], 1)
     gain = 1.0 / max(std, 1e-8) if normalize == "mean_std" else 1.0
     with torch.no_grad():
@@ -125,6 +130,7 @@ def normalised_head(model, mean: float, std: float, normalize: str) -> torch.nn.
     return head
 
 
-def _head_of(base) -> torch.nn.Linear:
+def _head_of(model) -> torch.nn.Linear:
     """The score layer; PEFT keeps the trained one in `modules_to_save`."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.score.modules_to_save["default"] if hasattr(base.score, "modules_to_save") else base.score

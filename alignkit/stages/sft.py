@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from trl import SFTConfig, SFTTrainer
 
 from alignkit import artifacts, data, models, tokens
@@ -26,9 +27,13 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         log.note(f"held-out rows: {dropped.describe()}")
 
     # 2. The base, and what of it trains.
-    hf = models.load_base(source.base, cfg.model, len(tokenizer))
+    hf = models.load_base(source.base, cfg.model, len(tokenizer), nf4=cfg.finetune.nf4)
+    peft_config = cfg.finetune.peft_config("CAUSAL_LM", hf)
     if source.adapter is not None:
         hf = models.continue_adapter(hf, source.adapter)
+    elif peft_config is not None:
+        torch.manual_seed(cfg.seed)
+        hf = models.new_adapter(hf, peft_config)
     names = {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}
     reporter = _trl.Reporter(log, names, ("policy/loss",))
     trainer = _trl.careful(SFTTrainer, cfg, world, reporter)(
@@ -44,7 +49,6 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        peft_config=None if source.adapter is not None else cfg.finetune.peft_config("CAUSAL_LM", hf),
         callbacks=[reporter],
     )
 
@@ -60,5 +64,6 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         tokenizer_hash=tokens.tokenizer_hash(tokenizer),
         data_hash=data.fingerprint(rows),
         adapter=(cfg.run_dir / "model" / "adapter_config.json").is_file(),
+        nf4=cfg.finetune.nf4,
     )
     return metrics, facts

@@ -20,17 +20,30 @@ def manifest(run_dir: Path) -> dict:
     return json.loads((run_dir / "manifest.json").read_text())
 
 
-def run_many(jobs: dict[str, list[str]], folder: Path) -> dict[str, str | None]:
-    """{name: overrides of `alignkit ppo`} all in one process -> {name: traceback, or None where the run was done}."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
+def run_many(jobs: dict[str, list[str]], folder: Path, stage: str = "ppo", ranks: int = 1) -> dict[str, str | None]:
+    """{name: overrides of `alignkit <stage>`} all in one process (a rank) -> {name: traceback, or None where it was done}.
+
+    Overrides may begin with the name of another stage.
+    """
+    told = {name: job if job[0] in STAGES else [stage, *job] for name, job in jobs.items()}
+    (folder / "jobs.json").write_text(json.dumps(told))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = Path(__file__).with_name("many_ppo.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder / "jobs.json"), str(port)],
-        capture_output=True, text=True, timeout=1500, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    said = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("JOB ")]
-    assert len(said) == len(jobs), done.stdout[-3000:] + done.stderr[-3000:]
+    command = [sys.executable, str(Path(__file__).with_name("many_runs.py")), str(folder / "jobs.json")]
+    world = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    processes = []
+    for rank in range(ranks):
+        own = {key: str(value) for key, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        with (folder / f"jobs-{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own))
+    try:
+        for process in processes:
+            process.wait(1500)
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(folder / f"jobs-{rank}.log").read_text() for rank in range(ranks)]
+    said = [json.loads(line[4:]) for line in logs[0].splitlines() if line.startswith("JOB ")]
+    assert len(said) == len(jobs), "\n".join(log[-3000:] for log in logs)
     return {job["name"]: job["error"] for job in said}

@@ -74,6 +74,11 @@ FLIPS = {
     "weight_decay": ["optimizer.weight_decay=0.1"],
     "zero0": ["deepspeed=zero0"],
     "zero1": ["deepspeed=zero1"],
+    "zero3": ["deepspeed=zero3"],
+    "zero2_offload": ["deepspeed=zero2_offload"],
+    "zero3_offload": ["deepspeed=zero3_offload"],
+    "gradient_checkpointing": ["gradient_checkpointing=true"],
+    "zero3_checkpointing": ["deepspeed=zero3", "gradient_checkpointing=true"],
     "micro_batch_size": ["micro_batch_size=1"],
     "sample_every": ["sample_every=2"],
     "bfloat16": ["model.dtype=bfloat16"],
@@ -188,7 +193,15 @@ def test_47_early_stop_takes_no_further_step(flips):
 
 
 def test_zero_stages_train_alike(flips):
-    for name in ("zero0", "zero1"):
+    for name in (
+        "zero0",
+        "zero1",
+        "zero3",
+        "zero2_offload",
+        "zero3_offload",
+        "gradient_checkpointing",
+        "zero3_checkpointing",
+    ):
         for one, other in zip(steps_of(flips, "default"), steps_of(flips, name), strict=True):
             for metric in ("policy/loss", "critic/loss", "policy/grad_norm", "objective/kl"):
                 assert one[metric] == pytest.approx(other[metric], abs=1e-6), (name, metric)
@@ -222,7 +235,12 @@ REFUSED = [
     (["rollout.top_p=0.9"], ("rollout.top_p=0.9", "allow_biased_sampling")),
     (["rollout.top_k=5", "rollout.min_tokens=2"], ("rollout.top_k=5 and rollout.min_tokens=2", "allow_biased")),
     (["rollout.min_tokens=99"], ("min_tokens=99", "max_new_tokens=64")),
-    (["deepspeed=zero3"], ("deepspeed=zero3", "zero2")),
+    (["deepspeed=zero2", "deepspeed.offload_param=true"], ("offload_param=true", "deepspeed=zero2", "stage 3")),
+    (["deepspeed=zero0", "deepspeed.offload_optimizer=true"], ("offload_optimizer=true", "deepspeed=zero0", "1 or 2 or 3")),
+    (["deepspeed=zero0", "model.dtype=bfloat16"], ("deepspeed=zero0", "model.dtype=bfloat16", "deepspeed=zero1")),
+    (["finetune=qlora", "deepspeed=zero3"], ("finetune=qlora", "deepspeed=zero3", "deepspeed=zero2")),
+    (["finetune=qlora", "rollout=server"], ("finetune=qlora", "rollout=server", "rollout=vllm")),
+    (["finetune=qlora", "rollout.payload=adapter"], ("finetune=qlora", "payload=adapter", "payload=merged")),
     (["mini_batch_size=128"], ("mini_batch_size=128", "rollout_batch_size=64")),
     (["algorithm.dual_clip=1"], ("dual_clip=1", "more than 1")),
     (["algorithm.aggregation=mean"], ("aggregation=mean", "token_mean")),
