@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.data import _line, _looks_like_a_file, _near, _short, _text, fingerprint
+from alignkit.data import fingerprint
+from alignkit.files import first_line, looks_like_a_file, near_files, read_text, short_repr
 from alignkit.types import InputError, PromptBatch, Rows
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, chat_te
                 f"{path}: the folder is no model: it has no tokenizer.json (it holds: {found}): give a folder written "
                 "by save_pretrained, a hub id, or the model/ of a finished stage"
             )
-    elif _looks_like_a_file(str(path)):
+    elif looks_like_a_file(str(path)):
         raise InputError(f"{path}: no such model folder: give a folder written by save_pretrained, or a hub id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -51,7 +52,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, chat_te
         )
     except Exception as error:  # OSError, ValueError, JSON, network: all say that this is no tokenizer we can have
         raise InputError(
-            f"{path}: no tokenizer could be loaded: {_line(error)}: check the path or the hub id"
+            f"{path}: no tokenizer could be loaded: {first_line(error)}: check the path or the hub id"
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -83,8 +84,8 @@ def _template(template: str) -> str:
         return template
     path = Path(template).expanduser()
     if not path.is_file():
-        raise InputError(f"chat_template={_short(template)}: neither a Jinja text nor a file{_near(path)}")
-    return _text(path)
+        raise InputError(f"chat_template={short_repr(template)}: neither a Jinja text nor a file{near_files(path)}")
+    return read_text(path)
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -134,7 +135,7 @@ def _render(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
-            f"{tokenizer.name_or_path}: its chat template refuses messages of {roles}: {_line(error)}: "
+            f"{tokenizer.name_or_path}: its chat template refuses messages of {roles}: {first_line(error)}: "
             "change the messages or set model.chat_template"
         ) from error
     return tokenizer(text, add_special_tokens=False).input_ids
