@@ -17,6 +17,10 @@ Row = dict[str, Any]
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
+class Unreadable(InputError):
+    """A place of a file holds no row."""
+
+
 def looks_like_a_file(path: str) -> bool:
     """True where a path cannot be a hub id ("name" or "org/name", optionally ":config")."""
     return Path(path).suffix in FILES or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", path)
@@ -64,16 +68,16 @@ def json_object(where: str, line: bytes) -> Row:
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: unreadable: {first_line(error)}: expected UTF-8 text") from error
+        raise Unreadable(f"{where}: unreadable: {first_line(error)}: expected UTF-8 text") from error
     except json.JSONDecodeError as error:
-        raise InputError(
+        raise Unreadable(
             f"{where}: not JSON ({error.msg} at column {error.colno}): expected one object a line, as "
             f'{{"prompt": "...", ...}}, found {short_repr(line.decode().rstrip())}'
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-        raise InputError(f"{where}: not JSON that can be read: {first_line(error)}: remove the row") from None
+        raise Unreadable(f"{where}: not JSON that can be read: {first_line(error)}: remove the row") from None
     if not isinstance(row, dict):
-        raise InputError(f'{where}: found {kind_of(row)}, expected an object as {{"prompt": "...", ...}}')
+        raise Unreadable(f'{where}: found {kind_of(row)}, expected an object as {{"prompt": "...", ...}}')
     return row
 
 
@@ -104,7 +108,7 @@ def read_csv(path: Path) -> Iterator[Row | InputError]:
                 width = len(reader.fieldnames or ())
                 if None in row or None in row.values():
                     found = width + len(row[None]) if None in row else sum(value is not None for value in row.values())
-                    yield InputError(
+                    yield Unreadable(
                         f"{path} row {number}: found {found} columns, expected {width}: quote the commas in it"
                     )
                 else:
