@@ -82,6 +82,9 @@ class Data:
         "auto"  # public layout: hh_rlhf, ultrafeedback, tldr, alpaca, sharegpt; none: our fields; auto: recognise
     )
     pairs: str = "all"  # of K ranked answers: all | best_worst
+    lint: str = (
+        "warn"  # faults that do not keep rows from being read, at the start of a stage: strict (stop) | warn | off
+    )
 
     def check(self) -> None:
         """Raise InputError for what can be seen without reading the data: cheap enough for every rank and the CLI."""
@@ -92,6 +95,7 @@ class Data:
         for key, value, known in (
             ("preset", self.preset, ("auto", "none", *layouts.PRESETS)),
             ("pairs", self.pairs, ("all", "best_worst")),
+            ("lint", self.lint, ("strict", "warn", "off")),
         ):
             if value not in known:
                 near = difflib.get_close_matches(value, known, 1)

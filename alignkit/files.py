@@ -56,7 +56,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row | InputError]]:
                 if line.strip():
                     where = f"{path} line {number}"
                     try:
-                        yield where, json_object(where, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                        bom = b"\xef\xbb\xbf" if number == 1 else b""
+                        yield where, json_object(where, line.removeprefix(bom).rstrip(b"\r\n"))
                     except InputError as error:
                         yield where, error
     except OSError as error:
@@ -72,7 +73,7 @@ def json_object(where: str, line: bytes) -> Row:
     except json.JSONDecodeError as error:
         raise Unreadable(
             f"{where}: not JSON ({error.msg} at column {error.colno}): expected one object a line, as "
-            f'{{"prompt": "...", ...}}, found {short_repr(line.decode().rstrip())}'
+            f'{{"prompt": "...", ...}}, found {short_repr(line.decode())}'
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         raise Unreadable(f"{where}: not JSON that can be read: {first_line(error)}: remove the row") from None

@@ -166,7 +166,11 @@ def prompt_ids(tokenizer, ids: list[int]) -> list[int]:
 
 def encode_response(tokenizer, text: str) -> list[int]:
     """Ids of a response: its tokens and one eos, no other special token."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return response_ids(tokenizer, tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def response_ids(tokenizer, ids: list[int]) -> list[int]:
+    """Ids of a response's text, closed by one eos."""
     return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
