@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.data import EmptyText, SamePair
+from alignkit.data import Data, EmptyText, RowList, SamePair
 from alignkit.files import Unreadable, short_repr
 from alignkit.minhash import NearIndex, normal
 from alignkit.types import InputError
@@ -103,7 +103,9 @@ def answers(row: Row) -> Iterator[tuple[str, str]]:
 class HeldOut:
     """Prompts that training data must not contain, equal or nearly equal. `add` them all first."""
 
-    def __init__(self) -> None:
+    def __init__(self, near: bool = True) -> None:
+        """`near`: look for nearly equal prompts too, which takes some ten times as long."""
+        self.near = near
         self.where: dict[str, str] = {}  # {prompt as it is compared: where it first stands}
         self.index = NearIndex()
         self._order: list[str] = []
@@ -113,7 +115,8 @@ class HeldOut:
         fresh = list(new)
         self.where |= new
         self._order += fresh
-        self.index.add(fresh)
+        if self.near:
+            self.index.add(fresh)
 
     def check(self, rows: list[tuple[str, Row]], findings: Findings) -> None:
         """Findings of "leak" and "near_leak" among training rows."""
@@ -126,6 +129,8 @@ class HeldOut:
                 findings.add("leak", where, f"{short_repr(_first(row))} is held out at {self.where[text]}")
             else:
                 left.append((where, row, text))
+        if not self.near:
+            return
         for number, owner, similarity in self.index.near([text for *_, text in left]):
             where, row, _ = left[number]
             held = self.where[self._order[owner]]
@@ -193,3 +198,35 @@ class RowLints:
 
 def _first(row: Row) -> str:
     return prompt_texts(row["prompt"])[-1]
+
+
+def at_start(stage: str, sets: dict[str, tuple[Data, RowList]]) -> list[str]:
+    """The lints that cost little, on rows that a stage has read: one line a set that has something to say.
+
+    Args:
+        sets: "data" and, where it is given, "eval_data": the config node and its rows.
+
+    Raises:
+        InputError: a fault, in a set with `lint: strict`.
+    """
+    held_out, said = HeldOut(near=False), []
+    for key in ("eval_data", "data"):  # what is held out is known before the others are compared with it
+        node, rows = sets.get(key, (None, RowList()))
+        if node is None:
+            continue
+        said += rows.notes
+        placed = [(f"{node.path} row {number}", row) for number, row in enumerate(rows, 1)]
+        if node.lint != "off":
+            findings, row_lints = Findings(), RowLints()
+            row_lints.check(placed, findings)
+            row_lints.finish(findings)
+            held_out.check(placed, findings)
+            if findings:
+                counts = ", ".join(f"{lint} {findings[lint].count:,}" for lint in LINTS if lint in findings)
+                line = f"{key}.path={node.path}: {counts}: see them with `alignkit check data {stage} {key}.path={node.path}`"
+                if node.lint == "strict":
+                    raise InputError(f"{line}; {key}.lint=strict takes none")
+                said.append(line)
+        if key == "eval_data":
+            held_out.add(placed)
+    return said

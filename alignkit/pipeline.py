@@ -186,7 +186,7 @@ def run_pipeline(cfg: Any) -> float | None:
     stages = cfg.stages()
     made = {str(stage.run_dir): stage.stage for stage in stages}
     for stage in stages:  # all inputs of all stages, before the first one takes its minutes
-        check_inputs(stage, made)
+        check_inputs(stage, made, tell=cfg.dry_run)  # told when each starts
     if cfg.dry_run:
         for stage in stages:
             print(describe(stage))
@@ -204,16 +204,17 @@ def run_pipeline(cfg: Any) -> float | None:
     return (report.summarize(root)["gold"].get("ppo") or {}).get("mean")
 
 
-def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
+def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True) -> dict[str, Any]:
     """Resolve the models and runs a stage reads and validate its rows, without torch.
 
     Args:
         later: {run folder: stage} of runs that an earlier stage of the same pipeline will make.
+        tell: print what the lints found in the rows.
 
     Returns:
         {role: ModelSource} of those that exist now.
     """
-    from alignkit import artifacts
+    from alignkit import artifacts, lints
     from alignkit.types import InputError
 
     sources = {}
@@ -233,9 +234,14 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
     for reward in getattr(cfg, "rewards", {}).values():
         if hasattr(reward, "load"):
             reward.load()
-    for rows in (cfg.data, getattr(cfg, "eval_data", None)):
-        if rows is not None and rows.path and not any(rows.path.startswith(f"{folder}/") for folder in later):
-            rows.rows(cfg.row_kind)
+    read = {}
+    for key in ("data", "eval_data"):
+        node = getattr(cfg, key, None)
+        if node is not None and node.path and not any(node.path.startswith(f"{folder}/") for folder in later):
+            read[key] = (node, node.rows(cfg.row_kind))
+    for line in lints.at_start(cfg.stage, read):
+        if tell:
+            print(f"{cfg.stage:<9} {line}")
     return sources
 
 

@@ -183,8 +183,17 @@ def main() -> None:
         print(done["stderr"])
         size = (folder / "pairs.jsonl").stat().st_size / 2**20
     speed = options.rows / done["seconds"]
-    facts = {"rows": options.rows, "mib": round(size), "seconds": round(done["seconds"], 1), "rows_per_second": round(speed)}
-    print(json.dumps({**facts, "cpu_seconds": round(done["cpu_seconds"], 1), "peak_gib": round(done["gib"], 3), "lints": result}))
+    facts = {
+        "rows": options.rows,
+        "mib": round(size),
+        "seconds": round(done["seconds"], 1),
+        "rows_per_second": round(speed),
+    }
+    print(
+        json.dumps(
+            {**facts, "cpu_seconds": round(done["cpu_seconds"], 1), "peak_gib": round(done["gib"], 3), "lints": result}
+        )
+    )
 
 
 if __name__ == "__main__":
