@@ -206,6 +206,8 @@ def check_stage(composed: Any, stage: str, kind: Kind, against: list[str], tick:
         composed: the stage's config as Hydra composed it; only data, model and lengths need to be set.
         against: further held-out files, of prompts.
     """
+    if OmegaConf.is_missing(composed.data, "path"):
+        raise InputError("data.path is not set: add data.path=... to the command")
     data = OmegaConf.to_object(composed.data)
     key = "max_length" if "max_length" in composed else "max_prompt_length"
     tokenizer, notes = _tokenizer(composed), []

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING
 from test_cli import BESIDE, MANDATORY, finished_run, invoke, make_work, write_rows
+from tiny import tiny_tokenizer
 
 from alignkit import cli, config, data, report
 from alignkit.rewards.base import Context
@@ -251,6 +252,7 @@ EXPERIMENTS = {path.stem: [] for path in sorted((ROOT / "conf" / "experiment").g
 def work(tmp_path_factory):
     """The files that MANDATORY and the README speak of."""
     folder = make_work(tmp_path_factory.mktemp("house") / "work")
+    tiny_tokenizer(folder / "model")
     for stage in ("sft", "reward", "ppo"):
         finished_run(folder / "runs/mine" / stage, stage, folder / "model")
     finished_run(folder / "runs/mine/sample", "sample", folder / "model", adapter=None)

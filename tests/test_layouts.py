@@ -57,7 +57,11 @@ RATED = {
     "source": "sharegpt",
     "instruction": "Name a colour.",
     "models": ["a", "b", "c"],
-    "completions": [completion("Seven.", 10.0, 1.0), completion("Blue.", 8.5, 4.75), completion("Red, I think.", 7.0, 4.0)],
+    "completions": [
+        completion("Seven.", 10.0, 1.0),
+        completion("Blue.", 8.5, 4.75),
+        completion("Red, I think.", 7.0, 4.0),
+    ],
     "correct_answers": ["None"],
 }
 
@@ -134,7 +138,9 @@ def test_a_layout_is_recognised_and_said(read, preset, kind):
 
 def test_rows_in_our_own_fields_are_read_as_before_and_nothing_is_said(read):
     found = read("preference", BINARISED)
-    assert found == [{"prompt": [user("Name a colour.")], "chosen": "Blue.", "rejected": "Seven."}] and found.notes == ()
+    assert (
+        found == [{"prompt": [user("Name a colour.")], "chosen": "Blue.", "rejected": "Seven."}] and found.notes == ()
+    )
     assert read("sft", {"prompt": "a", "completion": "b", "instruction": "c", "input": "d", "output": "e"}) == [
         {"prompt": "a", "completion": "b"}
     ]
@@ -155,7 +161,9 @@ def test_rated_completions_make_pairs_of_every_difference_best_first(read):
     prompt = "Name a colour."
     expected = [("Blue.", "Red, I think."), ("Blue.", "Seven."), ("Red, I think.", "Seven.")]
     assert read("preference", RATED) == [{"prompt": prompt, "chosen": c, "rejected": r} for c, r in expected]
-    assert read("preference", RATED, pairs="best_worst") == [{"prompt": prompt, "chosen": "Blue.", "rejected": "Seven."}]
+    assert read("preference", RATED, pairs="best_worst") == [
+        {"prompt": prompt, "chosen": "Blue.", "rejected": "Seven."}
+    ]
     assert read("sft", RATED) == [{"prompt": prompt, "completion": "Blue."}]
     assert read("prompt", RATED) == [{"prompt": prompt}]
     old = {**RATED, "completions": [completion("A", 3.0, None), completion("B", 9.0, None)]}
