@@ -304,12 +304,11 @@ def main(arguments: list[str], compose: Callable[[str, list[str]], Any]) -> int:
     if target:
         write_json(report, target)
     print_report(report, Console(width=None if sys.stdout.isatty() else 140))
-    if report.refused:
-        raise InputError(
-            f"{report.refused:,} rows of {composed.data.path} would be refused: mend or remove those above"
-        )
+    if report.refused and composed.data.faulty == "refuse":
+        fix = "mend or remove those above, or set data.faulty=leave_out"
+        raise InputError(f"{report.refused:,} rows would be refused: {fix}")
     if report.faults and composed.data.lint == "strict":
-        raise InputError(f"{report.faults:,} findings in {composed.data.path}, and data.lint=strict takes none")
+        raise InputError(f"{report.faults:,} findings, and data.lint=strict takes none")
     return 0
 
 

@@ -54,6 +54,9 @@ ALIASES = {
 }
 
 
+LEFT_OUT = "{} faulty rows left out (data.faulty=leave_out)"
+
+
 class EmptyText(InputError):
     """A text of a row is empty."""
 
@@ -78,13 +81,10 @@ class Data:
     split: str = "train"  # which split, where a hub id or a folder has several
     columns: dict[str, str] = field(default_factory=dict)  # our field -> its column, e.g. {prompt: question}
     limit: int | None = None  # only the first N rows
-    preset: str = (
-        "auto"  # public layout: hh_rlhf, ultrafeedback, tldr, alpaca, sharegpt; none: our fields; auto: recognise
-    )
+    preset: str = "auto"  # public layout, a name of layouts.py; none: our own fields; auto: recognise it
     pairs: str = "all"  # of K ranked answers: all | best_worst
-    lint: str = (
-        "warn"  # faults that do not keep rows from being read, at the start of a stage: strict (stop) | warn | off
-    )
+    faulty: str = "refuse"  # rows that are not of the stage's kind: refuse (the first stops) | leave_out (counted)
+    lint: str = "warn"  # other faults, when a stage starts: strict (any stops) | warn (say how many) | off
 
     def check(self) -> None:
         """Raise InputError for what can be seen without reading the data: cheap enough for every rank and the CLI."""
@@ -95,6 +95,7 @@ class Data:
         for key, value, known in (
             ("preset", self.preset, ("auto", "none", *layouts.PRESETS)),
             ("pairs", self.pairs, ("all", "best_worst")),
+            ("faulty", self.faulty, ("refuse", "leave_out")),
             ("lint", self.lint, ("strict", "warn", "off")),
         ):
             if value not in known:
@@ -130,11 +131,15 @@ class Data:
         """
         rows, said = RowList(), Counter[str]()
         for _, row in self.stream(kind, said):
-            if isinstance(row, InputError):
+            if not isinstance(row, InputError):
+                rows.append(row)
+            elif self.faulty == "refuse":
                 raise row
-            rows.append(row)
+            else:
+                said[LEFT_OUT] += 1
         if not rows:
-            raise InputError(f"data.path={self.path}: no rows: expected at least one {kind} row")
+            faulty = f" but {said[LEFT_OUT]} faulty ones" if said[LEFT_OUT] else ""
+            raise InputError(f"data.path={self.path}: no rows{faulty}: expected at least one {kind} row")
         rows.notes = tuple(f"data.path={self.path}: {text.format(f'{count:,}')}" for text, count in said.items())
         return rows
 

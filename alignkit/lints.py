@@ -45,7 +45,9 @@ REFUSED = ("unreadable", "schema", "empty", "same_pair")
 
 # What UTF-8 of accented letters, quotes and emoji looks like when read as Latin-1 or Windows-1252. Pairs that end words
 # before a quote or a dash in some language ("Ã" and "”") are left out.
-MOJIBAKE = r"Ã[\x80-\x9f\xa1-\xba\xbc-\xbfƒ‚„†‡ˆ‰Š‹Œ˜™š›œžŸ]|Â[\x80-\x9f\xa1-\xba\xbc-\xbf]|â€[\x80-\x9f™œ“”¢¦˜]|ðŸ|ï»¿|ï¿½"
+MOJIBAKE = (
+    r"Ã[\x80-\x9f\xa1-\xba\xbc-\xbfƒ‚„†‡ˆ‰Š‹Œ˜™š›œžŸ]|Â[\x80-\x9f\xa1-\xba\xbc-\xbf]|â€[\x80-\x9f™œ“”¢¦˜]|ðŸ|ï»¿|ï¿½"
+)
 BAD_TEXT = re.compile(
     "(\ufffd|[\ud800-\udfff]|" + MOJIBAKE + ")|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ufeff\ufffe\uffff]"
 )
@@ -209,7 +211,8 @@ def at_start(stage: str, sets: dict[str, tuple[Data, RowList]]) -> list[str]:
     Raises:
         InputError: a fault, in a set with `lint: strict`.
     """
-    held_out, said = HeldOut(near=False), []
+    held_out = HeldOut(near=False)
+    said: list[str] = []
     for key in ("eval_data", "data"):  # what is held out is known before the others are compared with it
         node, rows = sets.get(key, (None, RowList()))
         if node is None:

@@ -100,7 +100,7 @@ class NearIndex:
             return []
         keys, owners = self._sorted = self._sorted or self._in_order()
         hashes, starts = shingles(texts)
-        candidates = set()
+        candidates: set[tuple[int, int]] = set()
         for band, wanted in enumerate(band_keys(hashes, starts)):
             low = np.searchsorted(keys[band], wanted, "left")
             high = np.searchsorted(keys[band], wanted, "right")

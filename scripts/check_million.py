@@ -49,18 +49,18 @@ def text(draw: random.Random, words: list[str], low: int, high: int) -> str:
 
 
 def nearly(draw: random.Random, words: list[str], prompt: str) -> str:
-    """The prompt with one word replaced, left out, doubled or misspelt, or in another case with other white space."""
+    """The prompt with one word replaced, left out, doubled or misspelt, or in another case with a mark more."""
     found = prompt.split(" ")
     place = draw.randrange(len(found))
     way = draw.randrange(5)
     if way == 0:
-        found[place] = draw.choice(words)
+        found[place] = draw.choice([word for word in words if word != found[place]])
     elif way == 1:
         del found[place]
     elif way == 2:
         found.insert(place, found[place])
     elif way == 3:
-        found[place] = found[place][:-1] + "x"
+        found[place] = found[place][:-1] + ("x" if found[place][-1] != "x" else "y")
     else:
         found = [word.upper() for word in found]
         found[place] += "  !"

@@ -313,8 +313,13 @@ def test_the_command_says_where_and_exits_with_2_only_for_what_a_stage_refuses(w
     strict = invoke("check", "data", "reward", f"data.path={path}", "data.lint=strict", cwd=work)
     assert strict.code == 2 and strict.err.count("\n") == 1 and "data.lint=strict" in strict.err
     path = jsonl(PAIR, {**PAIR, "chosen": ""})
+    assert invoke("check", "data", "kind=preference", f"data.path={path}", "data.faulty=leave_out", cwd=work).code == 0
     result = invoke("check", "data", "kind=preference", f"data.path={path}", cwd=work)
-    assert result.code == 2 and "line 2: 'chosen' is an empty string" in result.out and "1 rows" in result.err
+    assert (
+        result.code == 2
+        and "line 2: 'chosen' is an empty string" in result.out
+        and "1 rows would be refused" in result.err
+    )
 
 
 def test_a_clean_set_is_clean_and_the_json_says_the_same(work, tmp_path):

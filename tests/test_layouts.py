@@ -219,6 +219,17 @@ def test_what_does_not_fit_is_refused_in_one_line(read, case):
     assert "\n" not in message and all(part in message for part in parts), message
 
 
+def test_faulty_rows_are_left_out_only_where_that_is_asked_for_and_counted(read):
+    empty = {**HH, "chosen": HH["chosen"].removesuffix("Very small stones.")}
+    found = read("preference", empty, HH, {"chosen": 3, "rejected": 4}, faulty="leave_out")
+    assert found == [ROWS["hh_rlhf", "preference"][1]]
+    assert [note.partition("rows.jsonl: ")[2] for note in found.notes if "faulty" in note] == [
+        "2 faulty rows left out (data.faulty=leave_out)"
+    ]
+    with pytest.raises(InputError, match="no rows but 1 faulty"):
+        read("preference", {"prompt": 3}, faulty="leave_out")
+
+
 def test_every_preset_has_marks_and_a_case_for_each_kind_it_can_make():
     assert set(layouts.MARKS) == set(layouts.PRESETS) == {preset for preset, _ in ROWS}
     impossible = {("alpaca", "preference")}
