@@ -164,9 +164,9 @@ class Data:
                 if preset == "none":
                     rows = _converted(where, found, kind, self.columns, self.pairs, said)
                 else:
-                    said[f"{{}} rows read as {preset} (data.preset=none reads their fields as they are)"] += 1
                     ours = layouts.as_kind(where, layouts.PRESETS[preset](where, found), kind)
                     rows = _converted(where, ours, kind, {}, self.pairs, said)
+                    said[f"{{}} rows read as {preset} (data.preset=none reads their fields as they are)"] += 1
             except InputError as error:
                 yield where, error
                 continue

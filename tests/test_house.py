@@ -252,9 +252,9 @@ EXPERIMENTS = {path.stem: [] for path in sorted((ROOT / "conf" / "experiment").g
 def work(tmp_path_factory):
     """The files that MANDATORY and the README speak of."""
     folder = make_work(tmp_path_factory.mktemp("house") / "work")
-    tiny_tokenizer(folder / "model")
     for stage in ("sft", "reward", "ppo"):
         finished_run(folder / "runs/mine" / stage, stage, folder / "model")
+    tiny_tokenizer(folder / "runs/mine/sft/model")
     finished_run(folder / "runs/mine/sample", "sample", folder / "model", adapter=None)
     write_rows(folder / "runs/mine/sample/pairs.jsonl", {"prompt": "p", "chosen": "yes", "rejected": "no"})
     write_rows(folder / "held_out.jsonl", {"prompt": "p"})

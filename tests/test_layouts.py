@@ -223,8 +223,9 @@ def test_faulty_rows_are_left_out_only_where_that_is_asked_for_and_counted(read)
     empty = {**HH, "chosen": HH["chosen"].removesuffix("Very small stones.")}
     found = read("preference", empty, HH, {"chosen": 3, "rejected": 4}, faulty="leave_out")
     assert found == [ROWS["hh_rlhf", "preference"][1]]
-    assert [note.partition("rows.jsonl: ")[2] for note in found.notes if "faulty" in note] == [
-        "2 faulty rows left out (data.faulty=leave_out)"
+    assert [note.partition("rows.jsonl: ")[2] for note in found.notes] == [
+        "2 faulty rows left out (data.faulty=leave_out)",
+        "1 rows read as hh_rlhf (data.preset=none reads their fields as they are)",
     ]
     with pytest.raises(InputError, match="no rows but 1 faulty"):
         read("preference", {"prompt": 3}, faulty="leave_out")
