@@ -1,7 +1,7 @@
 """Which texts are nearly the same as one of a given set: MinHash and banding (Broder 1997; Leskovec, Rajaraman and
 Ullman, Mining of Massive Datasets, ch. 3), then the exact Jaccard similarity of the candidates.
 
-Only the given set is kept in memory. The texts compared with it may be any number, a chunk at a time.
+Shingles that many texts of the set share belong to a template and do not count. Only the given set is kept in memory. The texts compared with it may be any number, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ WIDTH = 12  # bytes of a shingle: about two words, four characters of Chinese
 THRESHOLD = 0.8  # Jaccard similarity from which two texts count as nearly the same
 BANDS, ROWS = 16, 6  # a pair at similarity s is a candidate with probability 1 - (1 - s^6)^16: 0.992 at 0.8
 CROWD = 64  # texts of one bucket that are compared: the others in it are near-duplicates of these
+# A shingle of more than COMMON of the texts, and of more than FEW, belongs to a template and is not compared: else
+# prompts that share a long instruction would all be nearly the same.
+COMMON, FEW = 0.05, 10
 
 Hashes = NDArray[np.uint32]
 Starts = NDArray[np.int64]
@@ -67,60 +70,89 @@ def _mixed(h: Hashes) -> Hashes:
 
 
 def band_keys(hashes: Hashes, starts: Starts) -> NDArray[np.uint64]:
-    """[BANDS, texts] u64: texts that agree in the minimum of all hash functions of a band have the same key there."""
-    keys = np.zeros((BANDS, len(starts) - 1), np.uint64)
-    for band in range(BANDS):
+    """[BANDS, texts] u64: texts that agree in the minimum of all hash functions of a band have the same key there.
+
+    The key of a text without shingles means nothing.
+    """
+    filled = np.flatnonzero(np.diff(starts))
+    keys, lowest = np.zeros((BANDS, len(starts) - 1), np.uint64), np.zeros(len(filled), np.uint32)
+    for band in range(BANDS if len(filled) else 0):
+        folded = np.zeros(len(filled), np.uint64)
         for row in range(ROWS):
             number = band * ROWS + row
-            lowest = np.minimum.reduceat(hashes * _A[number] + _B[number], starts[:-1])
-            keys[band] = (keys[band] ^ lowest) * _FOLD[row]
-            keys[band] ^= keys[band] >> np.uint64(29)
+            np.minimum.reduceat(hashes * _A[number] + _B[number], starts[filled], out=lowest)
+            folded = (folded ^ lowest) * _FOLD[row]
+            folded ^= folded >> np.uint64(29)
+        keys[band, filled] = folded
     return keys
+
+
+@dataclass
+class _Built:
+    """What queries need, made of all added texts once."""
+
+    common: Hashes  # of shingles that are not compared, sorted
+    hashes: Hashes  # of every text, distinct and sorted, without the common ones
+    starts: Starts
+    keys: NDArray[np.uint64]  # [BANDS, texts], in order
+    owners: NDArray[np.int64]  # [BANDS, texts], whose they are
 
 
 @dataclass
 class NearIndex:
     """The set of texts that others are compared with. `add` all of them first, then ask `near`."""
 
-    hashes: list[Hashes] = field(default_factory=list)  # of each text, distinct and sorted
-    _keys: list[NDArray[np.uint64]] = field(default_factory=list)
-    _sorted: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None  # [BANDS, texts]: keys in order, whose they are
+    _added: list[Hashes] = field(default_factory=list)  # of each text, distinct and sorted
+    _built: _Built | None = None
 
     def add(self, texts: Sequence[str]) -> None:
         """Texts, as `normal` gives them, with the numbers that follow on those added before."""
         if texts:
             hashes, starts = shingles(texts)
-            self._keys.append(band_keys(hashes, starts))
-            self.hashes += [np.unique(part) for part in np.split(hashes, starts[1:-1])]
-            self._sorted = None
+            self._added += [np.unique(part) for part in np.split(hashes, starts[1:-1])]
+            self._built = None
 
     def near(self, texts: Sequence[str]) -> list[tuple[int, int, float]]:
         """(number in `texts`, number of the most similar text of the index, Jaccard similarity >= THRESHOLD)."""
-        if not texts or not self._keys:
+        if not texts or not self._added:
             return []
-        keys, owners = self._sorted = self._sorted or self._in_order()
-        hashes, starts = shingles(texts)
+        built = self._built = self._built or self._build()
+        hashes, starts = _without(built.common, *shingles(texts))
+        filled = np.flatnonzero(np.diff(starts))  # nothing is left of a text that is all template
         candidates: set[tuple[int, int]] = set()
         for band, wanted in enumerate(band_keys(hashes, starts)):
-            low = np.searchsorted(keys[band], wanted, "left")
-            high = np.searchsorted(keys[band], wanted, "right")
-            for text in np.flatnonzero(high > low):
-                found = owners[band, low[text] : min(high[text], low[text] + CROWD)]
+            low = np.searchsorted(built.keys[band], wanted, "left")
+            high = np.searchsorted(built.keys[band], wanted, "right")
+            for text in filled[high[filled] > low[filled]]:
+                found = built.owners[band, low[text] : min(high[text], low[text] + CROWD)]
                 candidates.update((int(text), int(owner)) for owner in found)
         best: dict[int, tuple[float, int]] = {}
-        distinct: dict[int, Hashes] = {}
+        mine = (-1, hashes)
         for text, owner in sorted(candidates):
-            if text not in distinct:
-                distinct = {text: np.unique(hashes[starts[text] : starts[text + 1]])}
-            similarity = jaccard(distinct[text], self.hashes[owner])
+            if text != mine[0]:
+                mine = (text, np.unique(hashes[starts[text] : starts[text + 1]]))
+            similarity = jaccard(mine[1], built.hashes[built.starts[owner] : built.starts[owner + 1]])
             if similarity >= THRESHOLD and similarity > best.get(text, (0.0, 0))[0]:
                 best[text] = (similarity, owner)
         return [(text, owner, similarity) for text, (similarity, owner) in sorted(best.items())]
 
-    def _in_order(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        keys = np.concatenate(self._keys, axis=1)
+    def _build(self) -> _Built:
+        whole = np.concatenate(self._added)
+        values, counts = np.unique(whole, return_counts=True)
+        common = values[counts > max(FEW, COMMON * len(self._added))]
+        starts = np.concatenate([[0], np.cumsum([len(part) for part in self._added])])
+        hashes, starts = _without(common, whole, starts)
+        keys = band_keys(hashes, starts)
         order = np.argsort(keys, axis=1, kind="stable")
-        return np.take_along_axis(keys, order, axis=1), order
+        return _Built(common, hashes, starts, np.take_along_axis(keys, order, axis=1), order)
+
+
+def _without(common: Hashes, hashes: Hashes, starts: Starts) -> tuple[Hashes, Starts]:
+    """The hashes of each text but for those of `common`, which is sorted, and where each text's begin then."""
+    if not len(common):
+        return hashes, starts
+    kept = common[np.searchsorted(common, hashes).clip(max=len(common) - 1)] != hashes
+    return hashes[kept], np.concatenate([[0], np.cumsum(kept)])[starts]
 
 
 def jaccard(one: Hashes, other: Hashes) -> float:

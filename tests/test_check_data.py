@@ -194,6 +194,26 @@ def test_the_index_finds_what_a_comparison_of_all_pairs_finds():
     assert index.near([]) == minhash.NearIndex().near(["x"]) == []
 
 
+def test_prompts_of_one_template_are_compared_by_what_is_their_own():
+    """Nine tenths of every prompt are the same instruction: whole, any two would be nearly equal."""
+    draw = random.Random(11)
+    words = check_million.vocabulary(draw)
+    before, after = (check_million.text(draw, words, 200, 200) for _ in range(2))
+
+    def prompts(count):
+        return [f"{before} {check_million.text(draw, words, 30, 40)} {after}" for _ in range(count)]
+
+    held = prompts(200)
+    one, other = (brute_shingles(text) for text in held[:2])
+    assert len(one & other) / len(one | other) > minhash.THRESHOLD
+    index = minhash.NearIndex()
+    index.add([*held, "short"])
+    assert index.near(prompts(200)) == []
+    assert index.near([before, f"{before} {after}"]) == []
+    changed = [f"{text[: len(before) + 60]}{text[len(before) + 61 :]}" for text in held]  # a letter less
+    assert [owner for _, owner, _ in index.near([*changed, before])] == list(range(200))
+
+
 def test_minima_agree_as_often_as_the_sets_overlap():
     """Broder 1997: P(min h(A) = min h(B)) = |A and B| / |A or B|. 96 functions x 60 pairs: a deviation of 0.01."""
     draw = random.Random(9)
