@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,29 +146,26 @@ class RowLints:
     def __init__(self) -> None:
         self.whole, self.unordered, self.number = array("q"), array("q"), array("q")
         self.place = ""  # "pairs.jsonl line", which the numbers follow
-        self.lengths: dict[str, array] = {}  # {field: characters of each row}
+        self.lengths: dict[str, array] = defaultdict(lambda: array("i"))  # {field: characters of each row}
 
     def check(self, rows: list[tuple[str, Row]], findings: Findings) -> None:
         """Findings of "alike_pair", "encoding" and "control"; duplicates are told by `finish`."""
         for where, row in rows:
             prompt, given = row["prompt"], list(answers(row))
             texts = [*prompt_texts(prompt), *(text for _, text in given)]
-            if BAD_TEXT.search("\n".join(texts)):
+            if not _plain("".join(texts)):
                 self._bad_text(where, texts, findings)
-            if "chosen" in row and normal(row["chosen"]) == normal(row["rejected"]):
+            if "chosen" in row and _alike(row["chosen"], row["rejected"]):
                 findings.add("alike_pair", where, f"{short_repr(row['chosen'])} and {short_repr(row['rejected'])}")
             start = hash(prompt if isinstance(prompt, str) else tuple((m["role"], m["content"]) for m in prompt))
             ends = [hash(text) for _, text in given]
-            self._measure("prompt", sum(map(len, texts[: len(texts) - len(given)])))
+            self.lengths["prompt"].append(sum(map(len, texts[: len(texts) - len(given)])))
             for name, text in given:
-                self._measure(name, len(text))
+                self.lengths[name].append(len(text))
             self.place, _, number = where.rpartition(" ")
             self.number.append(int(number))
             self.whole.append(hash((start, *ends)))
             self.unordered.append(hash((start, *sorted(ends))))
-
-    def _measure(self, name: str, length: int) -> None:
-        self.lengths.setdefault(name, array("i")).append(length)
 
     @staticmethod
     def _bad_text(where: str, texts: list[str], findings: Findings) -> None:
@@ -196,6 +194,16 @@ class RowLints:
             earlier = f"{self.place} {self.number[first[row]]}"
             what = f"the same as {earlier}" if same else f"the reverse of {earlier}"
             findings.add("duplicate" if same else "reversed", f"{self.place} {self.number[row]}", what)
+
+
+def _plain(text: str) -> bool:
+    """True for ASCII without control characters but tab and line ends: most text, and told apart fast."""
+    return text.isascii() and text.replace("\n", "").replace("\t", "").replace("\r", "").isprintable()
+
+
+def _alike(one: str, other: str) -> bool:
+    """True where two texts differ in white space and case only; their first letters settle most."""
+    return one.lstrip()[:1].lower() == other.lstrip()[:1].lower() and normal(one) == normal(other)
 
 
 def _first(row: Row) -> str:
