@@ -352,7 +352,8 @@ def print_report(report: Report, console: Any) -> None:
 
     for made in report.sets:
         refused = f", {made.findings.refused:,} refused" if made.findings.refused else ""
-        console.print(f"[bold]{escape(made.name)}[/]  {escape(made.path)}: {made.rows:,} {report.kind} rows{refused}")
+        name = made.name if made.path in made.name else f"{made.name} {made.path}"
+        console.print(f"[bold]{escape(name)}[/]: {made.rows:,} rows{refused}", highlight=False)
         if made.findings:
             console.print(_findings_table(made))
         if made.lengths:
