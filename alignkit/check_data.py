@@ -294,8 +294,7 @@ def main(arguments: list[str], compose: Callable[[str, list[str]], Any]) -> int:
         print(USAGE)
         return 0
     stage, options = _parse(arguments)
-    # What a stage must be told beside its data does not matter here.
-    composed = compose(stage, ["run_name=check", *options["overrides"]])
+    composed = compose(stage, options["overrides"])
     if stray := stray_keys(composed):
         raise InputError(f"no config key {stray[0]!r} (alignkit {stage} --cfg job lists them all)")
     target = Path(options["json"]) if options["json"] else None
