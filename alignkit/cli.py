@@ -32,11 +32,18 @@ TOOLS = {
     "report": "RUN: summary.json, report.html and the table of what there is",
 }
 
+# alignkit check NAME: what it looks at.
+CHECKS = {
+    "data": "every row that a stage would read",
+    "config": "every recipe, option and experiment of conf/ and of your folder (--config-dir DIR)",
+}
+
 USAGE = f"""alignkit {__version__}: SFT → reward model → PPO from one configuration
 
 usage: alignkit COMMAND [key=value …]
 
 {chr(10).join(f"  {name:<9} {text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  check {name}  {text}" for name, text in CHECKS.items())}
 
 {chr(10).join(f"  {name:<9} {text}" for name, text in TOOLS.items())}
 
@@ -60,11 +67,11 @@ def main() -> None:
     if command in ("-V", "--version", "version"):
         print(__version__)
         return None
-    if sys.argv[1:3] == ["check", "config"]:
-        return _check_config(sys.argv[3:])
+    if command == "check":
+        return _check(sys.argv[2:])
     if command in (*TOOLS, "job"):  # `job`: what a batch script calls
         return _tool(command, sys.argv[2:])
-    known = [*COMMANDS, *TOOLS]
+    known = [*COMMANDS, *TOOLS, "check"]
     if command not in COMMANDS:
         import difflib
 
@@ -74,19 +81,6 @@ def main() -> None:
         )
     _hydra(command, sys.argv[2:])
     return None
-
-
-def _check_config(arguments: list[str]) -> None:
-    from alignkit import check_config, config
-    from alignkit.types import InputError
-
-    config.register()
-    try:
-        code = check_config.main(arguments, conf_dir())
-    except InputError as error:
-        _refuse(str(error))
-    if code:
-        raise SystemExit(code)
 
 
 def _tool(command: str, arguments: list[str]) -> None:
@@ -185,6 +179,42 @@ def _hydra(command: str, arguments: list[str]) -> None:
     except Exception as error:  # Hydra refuses some command lines with a ValueError, a KeyError, …
         if show_traceback or (accepted and not isinstance(error, (HydraException, OmegaConfBaseException))):
             raise
+        _refuse(explain(error, command))
+
+
+def _check(arguments: list[str]) -> None:
+    """`alignkit check NAME …`. Exit codes: 0 nothing is refused, 2 something is, 130 interrupted."""
+    from alignkit import check_config, check_data, config
+    from alignkit.types import InputError
+
+    mains = {"data": check_data.main, "config": lambda rest, _: check_config.main(rest, conf_dir())}
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        return print("\n".join(f"alignkit check {check} …  {text}" for check, text in CHECKS.items()))
+    if name not in CHECKS:
+        _refuse(f"no check {name!r}: the checks are {', '.join(CHECKS)}")
+    config.register()
+    try:
+        code = mains[name](rest, _compose)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except InputError as error:
+        _refuse(str(error))
+    if code:
+        raise SystemExit(code)
+
+
+def _compose(command: str, overrides: list[str]) -> Any:
+    """The config of a command as Hydra composes it, its refusals brought to one line."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose(command, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
         _refuse(explain(error, command))
 
 

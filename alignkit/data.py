@@ -3,7 +3,7 @@
 Three kinds of row, plain dicts whatever file they came from:
 
     sft         {"prompt": str | messages, "completion": str}
-    preference  {"prompt": str | messages, "chosen": str, "rejected": str}
+    preference  {"prompt": str | messages, "chosen": str, "rejected": str}, also made of K ranked "answers"
     prompt      {"prompt": str | messages, "reference": str (optional), and the file's other columns}
 
 `encode_prompt` and `encode_response` are the only tokenisation in the project: the same text has the same ids in SFT,
@@ -12,31 +12,40 @@ in the reward model, in PPO and in evaluation. Nothing heavy is imported until a
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import json
-import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from alignkit import layouts
+from alignkit.files import (
+    FILES,
+    first_line,
+    kind_of,
+    looks_like_a_file,
+    near_files,
+    numbered,
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    short_repr,
+)
 from alignkit.ranges import num
 from alignkit.types import InputError, Rows
-
-if TYPE_CHECKING:
-    pass
 
 Kind = Literal["sft", "preference", "prompt"]
 Row = dict[str, Any]
 
-FIELDS = ("prompt", "completion", "messages", "chosen", "rejected", "reference")
+FIELDS = ("prompt", "completion", "messages", "chosen", "rejected", "reference", "answers")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-FILES = (".jsonl", ".json", ".csv", ".parquet")
 # Columns of well-known data sets, to suggest the right mapping when a field is absent.
 ALIASES = {
     "prompt": ("question", "instruction", "query", "input", "text", "context"),
@@ -44,6 +53,27 @@ ALIASES = {
     "chosen": ("accepted", "preferred", "better", "win", "positive"),
     "rejected": ("dispreferred", "worse", "lose", "negative"),
 }
+
+
+LEFT_OUT = "{} faulty rows left out (data.faulty=leave_out)"
+
+
+class HalfCharacter(InputError):
+    """Text that no tokenizer takes."""
+
+
+class EmptyText(InputError):
+    """A text of a row is empty."""
+
+
+class SamePair(InputError):
+    """Chosen and rejected are the same text."""
+
+
+class RowList(list[Row]):
+    """Validated rows, and what a person should know of how they were read."""
+
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -56,6 +86,10 @@ class Data:
     split: str = "train"  # which split, where a hub id or a folder has several
     columns: dict[str, str] = field(default_factory=dict)  # our field -> its column, e.g. {prompt: question}
     limit: int | None = num(None, ge=1)  # only the first N rows
+    preset: str = "auto"  # public layout, a name of layouts.py; none: our own fields; auto: recognise it
+    pairs: str = "all"  # of K ranked answers: all | best_worst
+    faulty: str = "refuse"  # rows that are not of the stage's kind: refuse (the first stops) | leave_out (counted)
+    lint: str = "warn"  # other faults, when a stage starts: strict (any stops) | warn (say how many) | off
 
     def check(self) -> None:
         """Raise InputError for what can be seen without reading the data: cheap enough for every rank and the CLI."""
@@ -63,6 +97,21 @@ class Data:
             raise InputError("data.path is not set: give a file, a folder, a datasets id or demo:chitchat/train")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"data.limit={self.limit}: expected at least 1, or null for every row")
+        for key, value, known in (
+            ("preset", self.preset, ("auto", "none", *layouts.PRESETS)),
+            ("pairs", self.pairs, ("all", "best_worst")),
+            ("faulty", self.faulty, ("refuse", "leave_out")),
+            ("lint", self.lint, ("strict", "warn", "off")),
+        ):
+            if value not in known:
+                near = difflib.get_close_matches(value, known, 1)
+                raise InputError(
+                    f"data.{key}={value}: expected {', '.join(known)}{f': did you mean {near[0]}?' if near else ''}"
+                )
+        if self.columns and self.preset in layouts.PRESETS:
+            raise InputError(
+                f"data.preset={self.preset} with data.columns.{next(iter(self.columns))}: a preset knows its columns: drop one of both"
+            )
         for name in self.columns:
             if name not in FIELDS:
                 near = difflib.get_close_matches(name, FIELDS, 1)
@@ -72,18 +121,37 @@ class Data:
             from alignkit import demo
 
             demo.check(self.path)
-        elif not Path(self.path).expanduser().exists() and _looks_like_a_file(self.path):
-            raise InputError(f"data.path={self.path}: no such file{_near(Path(self.path).expanduser())}")
+        elif not Path(self.path).expanduser().exists() and looks_like_a_file(self.path):
+            raise InputError(f"data.path={self.path}: no such file{near_files(Path(self.path).expanduser())}")
 
-    def rows(self, kind: Kind) -> list[Row]:
+    def rows(self, kind: Kind) -> RowList:
         """All rows of one kind, validated: see the head of this module for their fields.
 
         Conversations are brought to one form. An sft row may have `messages` ending with the assistant's: the ones
         before are its prompt (a prompt row takes the answer as its reference). `completion`, `chosen` and `rejected`
         may be a list with a single assistant message; `chosen` and `rejected` may also be whole conversations with
-        the same beginning, which then is the prompt.
+        the same beginning, which then is the prompt. Public layouts are brought to the same fields first.
 
         Raises InputError, on one line, with the file, the row, the field, what was found, what is expected and the fix.
+        """
+        rows, said = RowList(), Counter[str]()
+        for _, row in self.stream(kind, said):
+            if not isinstance(row, InputError):
+                rows.append(row)
+            elif self.faulty == "refuse":
+                raise row
+            else:
+                said[LEFT_OUT] += 1
+        if not rows:
+            faulty = f" but {said[LEFT_OUT]} faulty ones" if said[LEFT_OUT] else ""
+            raise InputError(f"data.path={self.path}: no rows{faulty}: expected at least one {kind} row")
+        rows.notes = tuple(f"data.path={self.path}: {text.format(f'{count:,}')}" for text, count in said.items())
+        return rows
+
+    def stream(self, kind: Kind, said: Counter[str]) -> Iterator[tuple[str, Row | InputError]]:
+        """(where it stands, the validated row or why it is refused), one at a time; a refusal does not end it.
+
+        `said` counts, under a sentence with {} for the number, what a person should know of how rows were read.
         """
         self.check()
         if kind == "preference" and self.path.startswith("demo:"):
@@ -91,30 +159,42 @@ class Data:
                 f"data.path={self.path}: holds prompts and answers, no pairs: "
                 "draw pairs with `alignkit sample` and give the file it writes"
             )
-        convert = {"sft": _sft_row, "preference": _preference_row, "prompt": _prompt_row}[kind]
-        rows = [convert(where, row, self.columns) for where, row in islice(self._read(), self.limit)]
-        if not rows:
-            raise InputError(f"data.path={self.path}: no rows: expected at least one {kind} row")
-        return rows
+        preset = "none" if self.columns or self.path.startswith("demo:") else self.preset
+        for where, found in islice(self._read(), self.limit):
+            try:
+                if isinstance(found, InputError):
+                    raise found
+                if preset == "auto":
+                    preset = layouts.recognise(where, found, kind)
+                if preset == "none":
+                    rows = _converted(where, found, kind, self.columns, self.pairs, said)
+                else:
+                    ours = layouts.as_kind(where, layouts.PRESETS[preset](where, found), kind)
+                    rows = _converted(where, ours, kind, {}, self.pairs, said)
+                    said[f"{{}} rows read as {preset} (data.preset=none reads their fields as they are)"] += 1
+            except InputError as error:
+                yield where, error
+                continue
+            yield from ((where, row) for row in rows)
 
-    def _read(self) -> Iterator[tuple[str, Row]]:
-        """(where it stands, row as it is in the file), in the order of the file."""
+    def _read(self) -> Iterator[tuple[str, Row | InputError]]:
+        """(where it stands, row as it is in the file or why it cannot be read), in the order of the file."""
         path = Path(self.path).expanduser()
         if self.path.startswith("demo:"):
             from alignkit import demo
 
-            return _numbered(self.path, demo.rows(self.path))
+            return numbered(self.path, demo.rows(self.path))
         if path.is_dir():
-            return _numbered(self.path, self._read_folder(path))
+            return numbered(self.path, self._read_folder(path))
         if path.suffix == ".jsonl":
-            return _read_jsonl(path)
+            return read_jsonl(path)
         if path.suffix in FILES:
-            return _numbered(
-                self.path, {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path)
+            return numbered(
+                self.path, {".json": read_json, ".csv": read_csv, ".parquet": read_parquet}[path.suffix](path)
             )
         if path.is_file():
             raise InputError(f"data.path={self.path}: files '{path.suffix}' are not read: expected {', '.join(FILES)}")
-        return _numbered(self.path, self._read_hub())
+        return numbered(self.path, self._read_hub())
 
     def _read_folder(self, path: Path) -> Iterator[Row]:
         if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
@@ -128,7 +208,9 @@ class Data:
         try:
             loaded = load_from_disk(str(path))
         except Exception as error:  # pyarrow, OSError, KeyError, JSON: whatever a broken folder brings up
-            raise InputError(f"data.path={self.path}: unreadable data set: {_line(error)}: save it again") from error
+            raise InputError(
+                f"data.path={self.path}: unreadable data set: {first_line(error)}: save it again"
+            ) from error
         if isinstance(loaded, DatasetDict):
             if self.split not in loaded:
                 raise InputError(f"data.split={self.split}: {self.path} has {', '.join(loaded)}: choose one")
@@ -144,7 +226,7 @@ class Data:
         except Exception as error:  # no network, no such id, no such split, a config to choose: all the user's to mend
             raise InputError(
                 f"data.path={self.path} (data.split={self.split}): neither a file nor a folder, and not loaded as a "
-                f"datasets id: {_line(error)}: correct the path, or write id:config for a data set with several"
+                f"datasets id: {first_line(error)}: correct the path, or write id:config for a data set with several"
             ) from error
 
 
@@ -165,97 +247,19 @@ class Ptx:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------- files
-
-
-def _looks_like_a_file(path: str) -> bool:
-    """True where a path cannot be a hub id ("name" or "org/name", optionally ":config")."""
-    return Path(path).suffix in FILES or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", path)
-
-
-def _near(path: Path) -> str:
-    """ "; did you mean x.jsonl, y.jsonl?" from the names in the same folder, or what is wrong with the folder."""
-    if not path.parent.is_dir():
-        return f": there is no folder {path.parent}"
-    names = [p.name for p in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, 3, 0.5) or sorted(n for n in names if n.endswith(FILES))[:3]
-    return f": did you mean {', '.join(near)}?" if near else f": {path.parent} holds no {', '.join(FILES)} file"
-
-
-def _numbered(name: str, rows) -> Iterator[tuple[str, Row]]:
-    return ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: unreadable: {_line(error)}: expected UTF-8 text") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except RecursionError:
-            raise InputError(f"{where}: not JSON that can be read: brackets without end: remove the row") from None
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}): expected one object a line, as "
-                f'{{"prompt": "...", ...}}, found {_short(line)}'
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(f'{where}: found {_found(row)}, expected an object as {{"prompt": "...", ...}}')
-        yield where, row
-
-
-def _read_json(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        fix = "rename it to .jsonl if it has one object a line" if error.msg == "Extra data" else "mend that place"
-        raise InputError(
-            f"{path} line {error.lineno}: not JSON ({error.msg} at column {error.colno}): {fix}"
-        ) from error
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: found {_found(rows)}, expected a list of objects: [{{...}}, {{...}}]")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path} row {number}: found {_found(row)}, expected an object")
-    return rows
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), strict=True)
-    number = 0
-    try:
-        for number, row in enumerate(reader, 1):
-            width = len(reader.fieldnames or ())
-            if None in row or None in row.values():
-                found = width + len(row[None]) if None in row else sum(value is not None for value in row.values())
-                raise InputError(
-                    f"{path} row {number}: found {found} columns, expected {width}: quote the commas in it"
-                )
-            yield row
-    except csv.Error as error:
-        raise InputError(f"{path} row {number + 1}: not CSV: {_line(error)}: check the quotes") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: unreadable Parquet: {_line(error)}: write the file again") from error
-    return (row for batch in table.to_batches() for row in batch.to_pylist())
-
-
 # ----------------------------------------------------------------------------------------------------------- rows
+
+
+def _converted(where: str, row: Row, kind: Kind, columns: dict[str, str], how: str, said: Counter[str]) -> list[Row]:
+    """The validated rows that one row makes: several of ranked answers, else one."""
+    if kind == "preference" and columns.get("answers", "answers") in row and columns.get("chosen", "chosen") not in row:
+        ranked = {name: _pick(where, row, columns, name)[1] for name in ("prompt", "answers")}
+        made, equal = layouts.pairs(where, ranked, how)
+        if equal:
+            said["{} pairs of ranked answers left out, equal in rating or in text"] += equal
+        return [_preference_row(where, pair, {}) for pair in made]
+    convert = {"sft": _sft_row, "preference": _preference_row, "prompt": _prompt_row}[kind]
+    return [convert(where, row, columns)]
 
 
 def _sft_row(where: str, row: Row, columns: dict[str, str]) -> Row:
@@ -278,8 +282,8 @@ def _preference_row(where: str, row: Row, columns: dict[str, str]) -> Row:
         prompt = _prompt(where, *_pick(where, row, columns, "prompt"))
     chosen, rejected = (_answer(where, *value) for value in pair)
     if chosen == rejected:
-        raise InputError(
-            f"{where}: chosen and rejected are the same text {_short(chosen)}: remove the row, it is no pair"
+        raise SamePair(
+            f"{where}: chosen and rejected are the same text {short_repr(chosen)}: remove the row, it is no pair"
         )
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -353,17 +357,17 @@ def _conversation(where: str, row: Row, columns: dict[str, str]) -> tuple[list[d
 
 def _messages(where: str, column: str, value: Any, expected: str) -> list[dict[str, str]]:
     if not isinstance(value, list):
-        raise InputError(f"{where}: '{column}' is {_found(value)}, expected {expected}")
+        raise InputError(f"{where}: '{column}' is {kind_of(value)}, expected {expected}")
     if not value:
-        raise InputError(f"{where}: '{column}' is an empty list, expected {expected}: remove the row")
+        raise EmptyText(f"{where}: '{column}' is an empty list, expected {expected}: remove the row")
     messages = []
     for index, message in enumerate(value):
         place = f"{column}[{index}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise InputError(f'{where}: \'{place}\' is {_found(message)}, expected {{"role": ..., "content": ...}}')
+            raise InputError(f'{where}: \'{place}\' is {kind_of(message)}, expected {{"role": ..., "content": ...}}')
         if message["role"] not in ROLES:
             raise InputError(
-                f"{where}: '{place}.role' is {_found(message['role'])}, expected one of {', '.join(ROLES)}"
+                f"{where}: '{place}.role' is {kind_of(message['role'])}, expected one of {', '.join(ROLES)}"
             )
         content = _string(where, f"{place}.content", message["content"])
         messages.append({"role": message["role"], "content": content})
@@ -372,26 +376,14 @@ def _messages(where: str, column: str, value: Any, expected: str) -> list[dict[s
 
 def _string(where: str, column: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{where}: '{column}' is {_found(value)}, expected a string: write it as text")
+        raise InputError(f"{where}: '{column}' is {kind_of(value)}, expected a string: write it as text")
     if any("\ud800" <= letter <= "\udfff" for letter in value):  # no tokenizer takes it
-        raise InputError(f"{where}: '{column}' has half a character, {_short(value)}: write the file again as UTF-8")
+        raise InputError(
+            f"{where}: '{column}' has half a character, {short_repr(value)}: write the file again as UTF-8"
+        )
     if not value.strip():
-        raise InputError(f"{where}: '{column}' is an empty string, expected text: fill it in or remove the row")
+        raise EmptyText(f"{where}: '{column}' is an empty string, expected text: fill it in or remove the row")
     return value
-
-
-def _found(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {_short(value)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error of a library, so that ours stays one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:200]
 
 
 def fingerprint(rows: Rows) -> str:

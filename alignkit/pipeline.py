@@ -193,7 +193,7 @@ def run_pipeline(cfg: Any) -> float | None:
     stages = cfg.stages()
     made = {str(stage.run_dir): stage.stage for stage in stages}
     for stage in stages:  # all inputs of all stages, before the first one takes its minutes
-        check_inputs(stage, made)
+        check_inputs(stage, made, tell=cfg.dry_run)  # told when each starts
     if cfg.dry_run:
         for stage in stages:
             print(describe(stage))
@@ -211,16 +211,17 @@ def run_pipeline(cfg: Any) -> float | None:
     return (report.summarize(root)["gold"].get("ppo") or {}).get("mean")
 
 
-def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
+def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True) -> dict[str, Any]:
     """Resolve the models and runs a stage reads and validate its rows, without torch.
 
     Args:
         later: {run folder: stage} of runs that an earlier stage of the same pipeline will make.
+        tell: print what the lints found in the rows.
 
     Returns:
         {role: ModelSource} of those that exist now.
     """
-    from alignkit import artifacts
+    from alignkit import artifacts, lints
     from alignkit.chat import check_fits
     from alignkit.check_model import check_source
     from alignkit.rules import model_contradictions
@@ -248,11 +249,17 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
         if hasattr(reward, "load"):
             reward.load()
     speaks = next(iter(sources.values()), None)  # the model whose tokenizer the stage will use
+    read = {}
     for data, kind, name, limit in cfg.row_sets():
         if (data.path or data is cfg.data) and not any(data.path.startswith(f"{folder}/") for folder in later):
             rows = data.rows(kind)
             if speaks is not None:
                 check_fits(rows, limit, name, Path(speaks.tokenizer), cfg.model.chat_template)
+            if key := {id(cfg.data): "data", id(getattr(cfg, "eval_data", None)): "eval_data"}.get(id(data)):
+                read[key] = (data, rows)
+    for line in lints.at_start(cfg.stage, read):
+        if tell:
+            print(f"{cfg.stage:<9} {line}")
     return sources
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,32 @@ def follow(path: Path, process: Any, label: str, console: Any = None, offset: in
             time.sleep(0.2)
     console.print(view.final(process.returncode), highlight=False, soft_wrap=True)
     return first_error
+
+
+@contextlib.contextmanager
+def counting(label: str, console: Any = None) -> Iterator[Callable[[str, int, int, str], None]]:
+    """The same live line for work of this process: tell what is yielded (phase, done, total, unit) as it goes on.
+
+    It is drawn on stderr, and not at all for work of less than a second. A total of 0 is one that is not known.
+    """
+    from rich.console import Console
+
+    console = console or Console(stderr=True)
+    view = _View(label)
+    screen: Any = None
+
+    def tell(what: str, done: int, total: int, unit: str) -> None:
+        nonlocal screen
+        elapsed = time.monotonic() - view.started
+        view.add({"what": what, "done": done, "total": total, "unit": unit, "elapsed": elapsed})
+        if screen is None and elapsed > 1:
+            screen = held.enter_context(_LiveLine(console, view) if console.is_terminal else _PlainLines(console, view))
+        if screen is not None:
+            screen.moved()
+            screen.tick()
+
+    with contextlib.ExitStack() as held:
+        yield tell
 
 
 def _tail(path: Path, offset: int) -> Iterator[list[dict]]:

@@ -6,12 +6,14 @@ in the reward model, in PPO and in evaluation.
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.data import _line, _looks_like_a_file, _near, _short, _text, fingerprint
+from alignkit.data import fingerprint
+from alignkit.files import first_line, looks_like_a_file, near_files, read_text, short_repr
 from alignkit.types import InputError, PromptBatch, Rows
 
 if TYPE_CHECKING:
@@ -24,16 +26,17 @@ Row = dict[str, Any]
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "[PAD]", "<pad>", "<|fim_pad|>", "<|endoftext|>", "<unk>")
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, chat_template: str | None = None):
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, chat_template: str | None = None, light: bool = False
+):
     """The tokenizer of a folder or hub id, ready for this project.
 
     Its pad token exists and is not the eos token, so that eos is learnt and never masked: where the model has none of
     its own, one that no text encodes to (`PAD_TOKENS`), else a new '<|pad|>' (then `len(tokenizer)` is above the
     model's embedding, which whoever loads the model must resize). Padding is on the left. `chat_template` replaces the
-    template: a Jinja text, or a file of it. Raises InputError for what is no tokenizer or has no eos.
+    template: a Jinja text, or a file of it. `light` goes without torch where the folder allows it. Raises InputError for
+    what is no tokenizer or has no eos.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(path).expanduser()
     if folder.is_dir():
         files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -43,15 +46,15 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, chat_te
                 f"{path}: the folder is no model: it has no tokenizer.json (it holds: {found}): give a folder written "
                 "by save_pretrained, a hub id, or the model/ of a finished stage"
             )
-    elif _looks_like_a_file(str(path)):
+    elif looks_like_a_file(str(path)):
         raise InputError(f"{path}: no such model folder: give a folder written by save_pretrained, or a hub id")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = _loader(folder, light and not trust_remote_code).from_pretrained(
             str(folder) if folder.is_dir() else str(path), trust_remote_code=trust_remote_code
         )
     except Exception as error:  # OSError, ValueError, JSON, network: all say that this is no tokenizer we can have
         raise InputError(
-            f"{path}: no tokenizer could be loaded: {_line(error)}: check the path or the hub id"
+            f"{path}: no tokenizer could be loaded: {first_line(error)}: check the path or the hub id"
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -62,6 +65,23 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, chat_te
     _ensure_pad(tokenizer)
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _loader(folder: Path, light: bool) -> Any:
+    """AutoTokenizer, which imports torch; where `light`, the class it would choose for a folder with tokenizer.json."""
+    if light and (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
+        import transformers
+
+        name = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+        if name == "PreTrainedTokenizerFast":
+            from transformers.tokenization_utils_tokenizers import TokenizersBackend as loader
+        else:
+            loader = getattr(transformers, name or "", None)
+        if loader is not None:
+            return loader
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _ensure_pad(tokenizer) -> None:
@@ -83,8 +103,8 @@ def _template(template: str) -> str:
         return template
     path = Path(template).expanduser()
     if not path.is_file():
-        raise InputError(f"chat_template={_short(template)}: neither a Jinja text nor a file{_near(path)}")
-    return _text(path)
+        raise InputError(f"chat_template={short_repr(template)}: neither a Jinja text nor a file{near_files(path)}")
+    return read_text(path)
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -109,40 +129,48 @@ def encode_prompt(tokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
     tokenizer has no template it is used as it stands, with the special tokens the tokenizer puts in front.
     There is one bos at most and no eos at the end. Raises InputError for messages the template cannot render.
     """
+    text, special = prompt_text(tokenizer, prompt)
+    return prompt_ids(tokenizer, tokenizer(text, add_special_tokens=special).input_ids)
+
+
+def prompt_text(tokenizer, prompt: str | list[dict[str, str]]) -> tuple[str, bool]:
+    """A prompt as the text that is tokenised, and whether the tokenizer adds its special tokens to it."""
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise InputError(
                 f"{tokenizer.name_or_path}: the tokenizer has no chat template, so messages cannot be encoded: "
                 "set model.chat_template, or give plain text prompts"
             )
-        ids = tokenizer(prompt).input_ids
-        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
-            ids = ids[:-1]
-    else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = _render(tokenizer, messages)
+        return prompt, True
+    from jinja2 import TemplateError
+
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), False
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"{tokenizer.name_or_path}: its chat template refuses messages of {roles}: {first_line(error)}: "
+            "change the messages or set model.chat_template"
+        ) from error
+
+
+def prompt_ids(tokenizer, ids: list[int]) -> list[int]:
+    """Ids of a prompt's text without a second bos at the start, nor an eos at the end of plain text."""
+    while tokenizer.chat_template is None and ids and ids[-1] == tokenizer.eos_token_id:  # some close every text
+        ids = ids[:-1]
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
     return ids
 
 
-def _render(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise InputError(
-            f"{tokenizer.name_or_path}: its chat template refuses messages of {roles}: {_line(error)}: "
-            "change the messages or set model.chat_template"
-        ) from error
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
 def encode_response(tokenizer, text: str) -> list[int]:
     """Ids of a response: its tokens and one eos, no other special token."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return response_ids(tokenizer, tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def response_ids(tokenizer, ids: list[int]) -> list[int]:
+    """Ids of a response's text, closed by one eos."""
     return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 

@@ -18,6 +18,7 @@ from alignkit import checkpoint, engine
 from alignkit.algorithms.ppo import PPO
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
+from alignkit.zero import Zero0, Zero1, Zero2
 
 ROWS, RATE = 8, 1e-3
 CONFIG = make_config(PPO(), micro=2)
@@ -26,7 +27,7 @@ CONFIG = make_config(PPO(), micro=2)
 def main(folder: Path, out: Path, jobs: list[str]) -> None:
     torch.set_num_threads(1)
     world = engine.start()
-    for zero in (engine.Zero0(), engine.Zero1(), engine.Zero2()):
+    for zero in (Zero0(), Zero1(), Zero2()):
         for job in jobs:
             roles = full_roles(folder, Critic(head="random"), dtype=torch.float32)
             engines = {

@@ -83,9 +83,9 @@ def test_a_time_limit_saves(tmp_path):
 
 
 def test_a_loss_of_nan_ends_a_stage_before_the_step_with_its_batch_kept(tmp_path):
-    """A learning rate of 1e30 makes the weights of step 1 useless: the loss of step 2 is NaN."""
+    """A weight decay of 1e30 makes the weights of step 1 useless: the loss of step 2 is NaN."""
     run = Run(tmp_path, "sft", "nan", [*prepare(tmp_path, "sft", 1), "save_steps=1"])
-    done = subprocess.run([*run.command, "optimizer.learning_rate=1e30"], capture_output=True, text=True)
+    done = subprocess.run([*run.command, "optimizer.weight_decay=1e30"], capture_output=True, text=True)
     said = json.dumps(done.stderr)
     assert done.returncode == 1 and "step 2: " in said and "is nan" in said and "rank_0.safetensors" in said, said
     assert [p.name for p in (run.path / "debug").iterdir()] == ["step_000002_rank_0.safetensors"]
