@@ -22,7 +22,7 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
         InputError: before anything is written.
         RunError: the stage did not reach `done`; its log is named.
     """
-    from alignkit import artifacts, sharing
+    from alignkit import artifacts, doctor, sharing
     from alignkit.launch import scheduler
 
     run_dir = cfg.run_dir
@@ -48,6 +48,8 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
         except KeyboardInterrupt:
             artifacts.write_manifest(run_dir, status="failed", error="interrupted")
             raise
+    if cfg.stage == "ppo" and (found := doctor.hint(run_dir)):
+        print(found)
     return main_metric(conclude(run_dir, error, run_dir / "logs" / f"{cfg.stage}.log"))
 
 
@@ -226,6 +228,11 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
                 raise InputError(
                     f"{key}={path}: a run of {stage}, which has no score; expected one of reward, as runs/<name>/reward"
                 )
+    if cfg.stage == "ppo":
+        for name, reward in cfg.rewards.items():
+            run = sources[f"rewards.{name}"].run if f"rewards.{name}" in sources else None
+            if run is not None and hasattr(reward, "check_accuracy"):
+                reward.check_accuracy((artifacts.read_manifest(run) or {})["metrics"], f"rewards.{name}")
     artifacts.check_hand_off(sources)
     if hasattr(cfg, "finetune"):
         for source in sources.values():
