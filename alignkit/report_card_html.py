@@ -36,7 +36,7 @@ def render(name: str, card: dict[str, Any]) -> str:
     correlation, fit = card["length_correlation"], card["calibration"]
     r = "not defined" if correlation["r"] is None else f"{correlation['r']:.2f}"
     return page(
-        f"{name} · alignkit",
+        escape(name),
         "".join(
             [
                 f"<h1>Reward model {escape(name)}</h1>",

@@ -24,40 +24,38 @@ RECORDED = HERE.parent / "recorded"
 KEPT = ("config.yaml", "metrics.jsonl")
 
 # What the policy is paid for: vowels. `gold` wants a few of them and dislikes the rest.
-REWARDS = """
+REWARDS = '''
 def vowels(prompts, responses, meta):
     return [sum(response.count(letter) for letter in "aeiou") / 4 for response in responses]
 
 def gold(prompts, responses, meta):
-    return [min(score, 1.0) - 2 * max(score - 1.0, 0.0) for score in vowels(prompts, responses, meta)]
-"""
+    return [min(score, 2.0) - 2 * max(score - 2.0, 0.0) for score in vowels(prompts, responses, meta)]
+'''
 
-# A token in five ends an answer, so that answers of the untrained model end at all.
-STOPS = f"rollout.stop_token_ids={list(range(20, 80))}".replace(" ", "")
 BASE = [
-    "runs_dir=runs", "model.path=tiny", "data.path=prompts.jsonl", "logger=none", "rollout=hf", STOPS,
-    "rollout.max_new_tokens=16", "~reward@rewards.reward_model", "+reward@rewards.vowels=function",
-    "rewards.vowels.target=rewards.py:vowels", "finetune.rank=8", "steps=16", "rollout_batch_size=64", "mini_batch_size=16",
-    "micro_batch_size=16", "optimizer.learning_rate=2e-3", "critic_optimizer.learning_rate=5e-3", "critic.head=zero",
-    "algorithm.ppo_epochs=2", "sample_every=100",
+    "runs_dir=runs", "model.path=tiny", "data.path=prompts.jsonl", "logger=none", "rollout=hf",
+    "rollout.max_new_tokens=12", "algorithm.missing_eos=none", "~reward@rewards.reward_model",
+    "+reward@rewards.vowels=function", "rewards.vowels.target=rewards.py:vowels", "steps=14",
+    "rollout_batch_size=64", "mini_batch_size=16", "micro_batch_size=16", "algorithm.ppo_epochs=2", "sample_every=100",
+    "optimizer.learning_rate=2e-3", "critic_optimizer.learning_rate=1e-2", "algorithm.value_clip_range=null",
 ]  # fmt: skip
 # {name: what differs from BASE}
 RUNS = {
     "healthy_ppo": [],
-    "healthy_lambda": ["seed=1", "algorithm.gae_lambda=1", "algorithm.value_clip_range=null", "algorithm.kl_coef=0.1"],
-    "healthy_grpo": ["seed=2", "algorithm=grpo", "group_size=4", "steps=9"],
-    "ratio": ["model.path=dropout", "steps=6"],
-    "entropy_collapse": ["algorithm.kl_coef=0", "optimizer.learning_rate=3e-2", "steps=12"],
-    "kl_runaway": ["algorithm.kl_coef=0", "optimizer.learning_rate=5e-3", "steps=12"],
-    "value_lag": ["critic_optimizer.learning_rate=1e-8", "critic.head=random", "steps=12"],
-    "truncated": ["rollout.max_new_tokens=4", "rollout.stop_token_ids=null", "steps=6"],
+    "ratio": ["model.path=dropout", "steps=4"],
+    "learning_rate": ["optimizer.learning_rate=0", "steps=4"],
+    "truncated": ["rollout.max_new_tokens=4", "algorithm.missing_eos=replace", "steps=4"],
+    "rollout_gap": ["optimizer.learning_rate=5e-3", "steps=7"],
+    "nan": ["optimizer.learning_rate=1e30", "optimizer.max_grad_norm=0", "steps=4"],
+    "value_lag": ["critic_optimizer.learning_rate=1e-8", "steps=10"],
+    "kl_runaway": ["algorithm.kl_coef=0", "optimizer.learning_rate=8e-3", "steps=10"],
+    "entropy_collapse": ["algorithm.kl_coef=0", "optimizer.learning_rate=4e-2", "steps=10"],
     "over_optimisation": [
-        "optimizer.learning_rate=3e-3", "algorithm.kl_coef=0.01", "steps=18",
+        "optimizer.learning_rate=5e-3", "algorithm.kl_coef=0.01", "steps=12",
         "+reward@rewards.gold=function", "rewards.gold.target=rewards.py:gold", "rewards.gold.weight=0",
     ],
-    "rollout_gap": ["optimizer.learning_rate=3e-3", "steps=9"],
-    "learning_rate": ["optimizer.learning_rate=0", "steps=6"],
-    "nan": ["optimizer.learning_rate=1e30", "optimizer.max_grad_norm=0", "steps=6"],
+    "healthy_lambda": ["seed=1", "algorithm.gae_lambda=1", "algorithm.kl_coef=0.1"],
+    "healthy_grpo": ["seed=2", "algorithm=grpo", "group_size=4", "~algorithm.value_clip_range", "steps=9"],
 }  # fmt: skip
 
 
@@ -77,9 +75,10 @@ def prepare() -> None:
 
 def overrides(name: str) -> list[str]:
     """The command line of a run: BASE, with what the run sets itself in place of it."""
-    own = {part.split("=")[0].lstrip("+") for part in RUNS[name] if "@" not in part}
+    own = {part.split("=")[0].lstrip("~+") for part in RUNS[name] if "@" not in part}
     base = [part for part in BASE if part.split("=")[0] not in own]
-    return [*base, *RUNS[name], f"run_name={name}"]
+    mine = [part for part in RUNS[name] if not part.startswith("~algorithm.")]  # ~: an option that its algorithm has not
+    return [*base, *mine, f"run_name={name}"]
 
 
 def record(names: list[str]) -> None:
