@@ -24,13 +24,13 @@ RECORDED = HERE.parent / "recorded"
 KEPT = ("config.yaml", "metrics.jsonl")
 
 # What the policy is paid for: vowels. `gold` wants a few of them and dislikes the rest.
-REWARDS = '''
+REWARDS = """
 def vowels(prompts, responses, meta):
     return [sum(response.count(letter) for letter in "aeiou") / 4 for response in responses]
 
 def gold(prompts, responses, meta):
     return [min(score, 2.0) - 2 * max(score - 2.0, 0.0) for score in vowels(prompts, responses, meta)]
-'''
+"""
 
 BASE = [
     "runs_dir=runs", "model.path=tiny", "data.path=prompts.jsonl", "logger=none", "rollout=hf",
@@ -41,20 +41,11 @@ BASE = [
 ]  # fmt: skip
 # {name: what differs from BASE}
 RUNS = {
-    "healthy_ppo": [],
-    "ratio": ["model.path=dropout", "steps=4"],
     "learning_rate": ["optimizer.learning_rate=0", "steps=4"],
     "truncated": ["rollout.max_new_tokens=4", "algorithm.missing_eos=replace", "steps=4"],
     "rollout_gap": ["optimizer.learning_rate=5e-3", "steps=7"],
     "nan": ["optimizer.learning_rate=1e30", "optimizer.max_grad_norm=0", "steps=4"],
     "value_lag": ["critic_optimizer.learning_rate=1e-8", "steps=10"],
-    "kl_runaway": ["algorithm.kl_coef=0", "optimizer.learning_rate=8e-3", "steps=10"],
-    "entropy_collapse": ["algorithm.kl_coef=0", "optimizer.learning_rate=4e-2", "steps=10"],
-    "over_optimisation": [
-        "optimizer.learning_rate=5e-3", "algorithm.kl_coef=0.01", "steps=12",
-        "+reward@rewards.gold=function", "rewards.gold.target=rewards.py:gold", "rewards.gold.weight=0",
-    ],
-    "healthy_lambda": ["seed=1", "algorithm.gae_lambda=1", "algorithm.kl_coef=0.1"],
     "healthy_grpo": ["seed=2", "algorithm=grpo", "group_size=4", "~algorithm.value_clip_range", "steps=9"],
 }  # fmt: skip
 
@@ -77,7 +68,9 @@ def overrides(name: str) -> list[str]:
     """The command line of a run: BASE, with what the run sets itself in place of it."""
     own = {part.split("=")[0].lstrip("~+") for part in RUNS[name] if "@" not in part}
     base = [part for part in BASE if part.split("=")[0] not in own]
-    mine = [part for part in RUNS[name] if not part.startswith("~algorithm.")]  # ~: an option that its algorithm has not
+    mine = [
+        part for part in RUNS[name] if not part.startswith("~algorithm.")
+    ]  # ~: an option that its algorithm has not
     return [*base, *mine, f"run_name={name}"]
 
 
