@@ -25,6 +25,7 @@ COMMANDS = {
 TOOLS = {
     "compare": "RUN…: one table and one page of what differs between runs and what they came to",
     "lineage": "RUN: from which data, configs, parents, commit and versions it came; what changed since",
+    "doctor": "RUN [--json]: which known failure a PPO run shows, and what to change",
     "resume": "RUN: go on from wherever a run or a stage stands",
     "status": "RUN: what is queued, running, saved, done or failed, and why",
     "logs": "RUN [-f] [-n LINES]: its newest log",
@@ -85,7 +86,7 @@ def main() -> None:
 
 def _tool(command: str, arguments: list[str]) -> None:
     """Run a command about runs that exist."""
-    from alignkit import compare, jobs, lineage, resume
+    from alignkit import compare, doctor, jobs, lineage, resume
     from alignkit.types import InputError, RunError
 
     if {"-h", "--help"} & set(arguments) or not [a for a in arguments if not a.startswith("-")]:
@@ -94,7 +95,7 @@ def _tool(command: str, arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
     try:
-        own = {"compare": compare, "lineage": lineage, "resume": resume}
+        own = {"compare": compare, "doctor": doctor, "lineage": lineage, "resume": resume}
         own[command].main(arguments) if command in own else jobs.main(arguments, command)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -378,7 +378,7 @@ def _string(where: str, column: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: '{column}' is {kind_of(value)}, expected a string: write it as text")
     if any("\ud800" <= letter <= "\udfff" for letter in value):  # no tokenizer takes it
-        raise InputError(
+        raise HalfCharacter(
             f"{where}: '{column}' has half a character, {short_repr(value)}: write the file again as UTF-8"
         )
     if not value.strip():

@@ -35,7 +35,7 @@ LINTS = {
     "reversed": "the pair of an earlier row, the other way round",
     "leak": "the prompt is also in the held-out rows",
     "near_leak": "the prompt is nearly one of the held-out rows'",
-    "encoding": "text that was decoded wrongly (U+FFFD, a lone surrogate, UTF-8 read as Latin-1)",
+    "encoding": "text that was decoded wrongly (U+FFFD, UTF-8 read as Latin-1, or half a character, which is refused)",
     "control": "control characters (NUL, escapes, a byte-order mark, a change of direction)",
     "too_long": "longer than the stage takes: left out",
     "special_token": "the text contains a special token of this tokenizer",
@@ -66,6 +66,8 @@ class Finding:
 class Findings(dict[str, Finding]):
     """{lint: its rows}, of the lints that found something."""
 
+    refused = 0  # rows that a stage would refuse
+
     def add(self, lint: str, where: str, what: str) -> None:
         """Count a row; `where` ends with its number, as "pairs.jsonl line 7" does."""
         found = self.setdefault(lint, Finding())
@@ -79,11 +81,7 @@ class Findings(dict[str, Finding]):
         """Count a row that a stage would refuse, under the lint of its kind."""
         kinds = {Unreadable: "unreadable", EmptyText: "empty", HalfCharacter: "encoding", SamePair: "same_pair"}
         self.add(kinds.get(type(error), "schema"), where, str(error).removeprefix(f"{where}: "))
-
-    @property
-    def refused(self) -> int:
-        """How many rows a stage would refuse."""
-        return sum(found.count for lint, found in self.items() if lint in REFUSED)
+        self.refused += 1
 
 
 def prompt_texts(prompt: str | list[dict[str, str]]) -> list[str]:

@@ -23,7 +23,7 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
         RunError: the stage did not reach `done`; its log is named.
         Saved: it was asked to stop, and did so with a checkpoint.
     """
-    from alignkit import artifacts, sharing
+    from alignkit import artifacts, doctor, sharing
     from alignkit.launch import scheduler
 
     run_dir = cfg.run_dir
@@ -52,6 +52,8 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
             if status != "saved":
                 raise
             error = None
+    if cfg.stage == "ppo" and (found := doctor.hint(run_dir)):
+        print(found)
     return main_metric(conclude(run_dir, error, run_dir / "logs" / f"{cfg.stage}.log"))
 
 
@@ -240,6 +242,11 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True) -> dict[str
             facts = check_source(source, f"{key}={path}", cfg.model.chat_template, scores=role.startswith("rewards."))
             for line in model_contradictions(cfg, facts, f"{key}={path}"):
                 raise InputError(line)
+    if cfg.stage == "ppo":
+        for name, reward in cfg.rewards.items():
+            run = sources[f"rewards.{name}"].run if f"rewards.{name}" in sources else None
+            if run is not None and hasattr(reward, "check_accuracy"):
+                reward.check_accuracy((artifacts.read_manifest(run) or {})["metrics"], f"rewards.{name}")
     artifacts.check_hand_off(sources)
     _check_adapters(cfg, sources)
     if hasattr(cfg, "finetune"):

@@ -252,6 +252,7 @@ PLACES = {
     "summary.json": "these numbers",
     "sft/model": "the SFT policy",
     "reward/model": "the reward model",
+    "reward/report.html": "its report card",
     "ppo/model": "the PPO policy",
     "ppo/metrics.jsonl": "one object a step",
     "evaluate/samples.jsonl": "every held-out answer",

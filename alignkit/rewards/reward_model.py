@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
 from alignkit import models
 from alignkit.ranges import num
 from alignkit.rewards.base import Context, Scorer
-from alignkit.types import Rollouts
+from alignkit.types import InputError, Rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +24,36 @@ class RewardModel:
     path: str = MISSING  # a finished reward run: runs/<name>/reward
     weight: float = 1.0  # in the sum of rewards
     micro_batch_size: int = num(16, ge=1)  # sequences of one forward, outside PPO
+    min_accuracy: float = num(
+        0.5, ge=0, le=1
+    )  # PPO refuses a model surely (95 %) below this on held-out pairs; 0: takes any
+
+    def check_accuracy(self, metrics: dict[str, Any], key: str) -> None:
+        """Refuse a reward run by the `metrics` of its manifest; `key` is where the config names it.
+
+        A run without held-out pairs has no accuracy: it is refused only where more than a coin's was asked for.
+
+        Raises:
+            InputError: naming both rates and what to do.
+        """
+        from alignkit.report_card import wilson  # imports numpy
+
+        accuracy, pairs = metrics.get("eval_accuracy"), int(metrics.get("eval_pairs") or 0)
+        told = f"or say {key}.min_accuracy=0 to take it as it is"
+        if accuracy is None or not pairs:
+            if self.min_accuracy > 0.5:
+                raise InputError(
+                    f"{key}.path={self.path}: its accuracy is not known, {key}.min_accuracy={self.min_accuracy:g} is wanted: train it "
+                    f"with held-out pairs (eval_fraction=0.1), {told}"
+                )
+            return
+        top = wilson(float(accuracy) * pairs, pairs)[1]
+        if top < self.min_accuracy:
+            raise InputError(
+                f"{key}.path={self.path}: held-out accuracy {float(accuracy):.3f} of {pairs} pairs, at most {top:.3f} with 95 % "
+                f"confidence, is below {key}.min_accuracy={self.min_accuracy:g}: train a better one (its report.html says where it "
+                f"fails), {told}"
+            )
 
     def start(self, context: Context) -> Scorer:
         """Loads the model at the first call: PPO never makes one, since it scores with its own `reward_model` role."""

@@ -11,7 +11,7 @@ from alignkit import artifacts, batches, data, models, tokens
 from alignkit.config import Reward
 from alignkit.engine import World, gathered
 from alignkit.log import RunLog
-from alignkit.stages import _identity, _trl
+from alignkit.stages import _card, _identity, _trl
 
 
 def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -54,12 +54,15 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
 
     # 3. Train, then score the held-out pairs (without any: the training pairs) for accuracy and zero point.
     metrics = _trl.train(trainer, cfg, world, log) | {"train_pairs": len(train)}
-    chosen, rejected = score_pairs(
-        trainer, evaluation if evaluation is not None else train, tokenizer.pad_token_id, world, cfg.micro_batch_size
-    )
+
+    def score(pairs) -> tuple[torch.Tensor, torch.Tensor]:
+        return score_pairs(trainer, pairs, tokenizer.pad_token_id, world, cfg.micro_batch_size)
+
+    chosen, rejected = score(evaluation if evaluation is not None else train)
     mean, std = float(torch.cat([chosen, rejected]).mean()), float(torch.cat([chosen, rejected]).std(correction=0))
     if evaluation is not None:
         metrics |= accuracy_metrics(chosen, rejected)
+        _card.write(cfg, (chosen, rejected), held_out, tokenizer, score, world, log)
     metrics |= {"score_mean": mean, "score_std": std}
 
     # 4. Write the model and its head; the head's bias moves the mean score to 0, and its weight the spread to 1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import shutil
@@ -14,6 +15,7 @@ from unittest.mock import patch
 
 from alignkit.finetune.lora import LoRA
 from alignkit.rollout import attest
+from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.server import ServerSampler
 from alignkit.rollout.vllm import VLLM, VLLMSampler
 from alignkit.types import Payload
@@ -181,4 +183,35 @@ def last_server_killed() -> Iterator[None]:
         return generate(self, prompts, group_size, seed, step, law)
 
     with patch.object(ServerSampler, "generate", killed):
+        yield
+
+
+@contextmanager
+def ratio() -> Iterator[None]:
+    """The update runs in training mode: with dropout in the model, its log-probs are not those of the experience."""
+    from alignkit.stages import ppo
+
+    update = ppo.update
+
+    def training(cfg, roles, *rest):
+        roles.train()
+        try:
+            return update(cfg, roles, *rest)
+        finally:
+            roles.eval()
+
+    with patch.object(ppo, "update", training):
+        yield
+
+
+@contextmanager
+def rollout_gap() -> Iterator[None]:
+    """The sampler keeps the weights it started with, and the canary that would stop the run is off."""
+    start = HFSampler.__init__
+
+    def keep(self, sampling, context):
+        start(self, sampling, context)
+        context.roles = copy.deepcopy(context.roles)
+
+    with patch.object(HFSampler, "__init__", keep), patch.object(attest.Canary, "check", lambda *_: {}):
         yield
