@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +30,8 @@ usage: alignkit COMMAND [key=value …]
   alignkit COMMAND --help       its keys, defaults and config groups
   alignkit COMMAND --cfg job    the config as it would run
   alignkit COMMAND dry_run=true what would be launched
+  alignkit plan COMMAND …       batches, tokens, memory and hours before it runs
+                                [--device-memory=80GiB] [--throughput=TOKENS_A_SECOND|RUN]
   alignkit COMMAND -m a.b=1,2   sweep (Hydra multirun)
 
 first run: alignkit pipeline +experiment=quickstart
@@ -45,6 +48,8 @@ def main() -> None:
     if command in ("-V", "--version", "version"):
         print(__version__)
         return None
+    if command == "plan":
+        return _plan(sys.argv[2:])
     if command not in COMMANDS:
         import difflib
 
@@ -56,8 +61,28 @@ def main() -> None:
     return None
 
 
-def _hydra(command: str, arguments: list[str]) -> None:
-    """Run a command as the Hydra application it is, its refusals brought to one line."""
+def _plan(arguments: list[str]) -> None:
+    """`alignkit plan COMMAND …`: what the command would do, in numbers."""
+    from alignkit import pipeline
+    from alignkit.plan import text as plan
+    from alignkit.types import InputError
+
+    try:
+        options, rest = plan.options(arguments)
+    except InputError as error:
+        _refuse(str(error))
+    if not rest or rest[0] not in COMMANDS:
+        _refuse(
+            f"plan {' '.join(rest[:1]) or 'of what'}: give a command, as in `alignkit plan ppo …`: {', '.join(COMMANDS)}"
+        )
+    _hydra(rest[0], rest[1:], lambda cfg: pipeline.print_plan(cfg, options))
+
+
+def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | None = None) -> None:
+    """Run a command as the Hydra application it is, its refusals brought to one line.
+
+    `action`: what to do with the checked config; None: run it.
+    """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -78,7 +103,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)
     def application(composed: Any) -> Any:
         try:
-            return pipeline.run_command(config.to_config(composed, command))
+            return (action or pipeline.run_command)(config.to_config(composed, command))
         except (InputError, RunError, KeyboardInterrupt) as error:
             stopped.append(error)  # raised below: Hydra would put a line of its own before it
 

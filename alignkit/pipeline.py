@@ -31,7 +31,7 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     run_dir = cfg.run_dir
     sources = check_inputs(cfg, later or {})
     if cfg.dry_run:
-        print(describe(cfg))
+        print_plan(cfg, full_config=True)
         return None
     inputs = {
         role: {"path": cfg.inputs()[role], "manifest_hash": artifacts.manifest_hash(source.run)}
@@ -106,14 +106,13 @@ def run_pipeline(cfg: Any) -> float | None:
     from alignkit import artifacts, report, report_html
 
     root = Path(cfg.runs_dir) / cfg.run_name
+    if cfg.dry_run:
+        print_plan(cfg, full_config=True)
+        return None
     stages = cfg.stages()
     made = {str(stage.run_dir): stage.stage for stage in stages}
     for stage in stages:  # all inputs of all stages, before the first one takes its minutes
         check_inputs(stage, made)
-    if cfg.dry_run:
-        for stage in stages:
-            print(describe(stage))
-        return None
     if not cfg.resume:
         _refuse_existing(root, [stage.run_dir for stage in stages])
     with artifacts.lock(root):
@@ -126,11 +125,39 @@ def run_pipeline(cfg: Any) -> float | None:
     return (report.summarize(root)["gold"].get("ppo") or {}).get("mean")
 
 
-def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
+def print_plan(cfg: Any, options: Any = None, full_config: bool = False) -> None:
+    """Check the inputs of a stage, or of all stages of a pipeline, and print the plan of each (`alignkit.plan`).
+
+    Args:
+        options: `plan.Options`; then a model folder may hold config.json without weights.
+        full_config: print the whole resolved config and the launch command first.
+    """
+    from alignkit import config
+    from alignkit.plan import compute, memory
+    from alignkit.plan import text as plan
+
+    stages, pipeline = (cfg.stages(), cfg) if isinstance(cfg, config.Pipeline) else ([cfg], None)
+    made = {str(stage.run_dir): stage.stage for stage in stages} if pipeline else {}
+    sources = [check_inputs(stage, made, weights=options is None) for stage in stages]
+    options, device = options or plan.Options(), plan.detect()
+    if options.device_memory:
+        device = memory.Device(options.device_memory, gpu=True)
+    for stage, found in zip(stages, sources, strict=True):
+        model = plan.Model.of(stage, found, pipeline)
+        planned = plan.written_rows(stage, pipeline) if pipeline else None
+        made_plan = plan.make(stage, model, device, planned)
+        pace = compute.seconds(stage, made_plan.work, options.throughput)
+        print(describe(stage) if full_config else f"# {stage.stage}: {stage.run_dir}")
+        print(plan.render(stage, made_plan, config.components, pace))
+        print("" if full_config else plan.launch_line(stage) + "\n")
+
+
+def check_inputs(cfg: Any, later: dict[str, str], weights: bool = True) -> dict[str, Any]:
     """Resolve the models and runs a stage reads and validate its rows, without torch.
 
     Args:
         later: {run folder: stage} of runs that an earlier stage of the same pipeline will make.
+        weights: False: a model folder may lack them.
 
     Returns:
         {role: ModelSource} of those that exist now.
@@ -142,7 +169,7 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
     for role, path in cfg.inputs().items():
         if path and path not in later:
             key = f"{role}.path" if role.startswith("rewards.") or "." not in role else role
-            source = sources[role] = artifacts.resolve_model(path, key)
+            source = sources[role] = artifacts.resolve_model(path, key, weights)
             stage = (artifacts.read_manifest(source.run) or {}).get("stage") if source.run else None
             if role.startswith("rewards.") and stage not in (None, "reward"):
                 raise InputError(
@@ -163,12 +190,11 @@ def check_inputs(cfg: Any, later: dict[str, str]) -> dict[str, Any]:
 
 def describe(cfg: Any) -> str:
     """The resolved config of a stage and the command that would start it."""
-    import shlex
-
     from omegaconf import OmegaConf
 
-    command = cfg.launcher.command(cfg.stage, cfg.run_dir, cfg.launcher.port or 29500)
-    return f"# {cfg.stage}\n{OmegaConf.to_yaml(OmegaConf.structured(cfg))}\n$ {shlex.join(command)}\n"
+    from alignkit.plan import text as plan
+
+    return f"# {cfg.stage}\n{OmegaConf.to_yaml(OmegaConf.structured(cfg))}\n{plan.launch_line(cfg)}\n"
 
 
 def _refuse_existing(root: Path, run_dirs: list[Path]) -> None:

@@ -37,7 +37,7 @@ def main() -> int:
         try:
             world = engine.start()
             metrics, facts = importlib.import_module(f"alignkit.stages.{stage}").main(cfg, world, log)
-            world.barrier()
+            peaks = world.gather(peak_mib())
         except Exception as error:
             kind = "input" if isinstance(error, InputError) else "run"
             log.error(kind, f"{error}" if kind == "input" else f"{type(error).__name__}: {error}")
@@ -48,11 +48,20 @@ def main() -> int:
             sys.stderr.flush()
             os._exit(2 if kind == "input" else 1)  # peers may hang in a collective: the launcher ends them
         if rank == 0:
-            artifacts.write_manifest(
-                run_dir, **facts, metrics=metrics, seconds=round(time.time() - started, 1), status="done"
-            )
+            facts |= {"seconds": round(time.time() - started, 1), "peak_mib": peaks}
+            artifacts.write_manifest(run_dir, **facts, metrics=metrics, status="done")
     engine.stop()
     return 0
+
+
+def peak_mib() -> float:
+    """The most memory this rank held: torch's on its GPU, or without one what was resident in the machine's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.split("VmHWM:")[1].split()[0]) / 2**10, 1)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ COMMANDS = ["sft", "sample", "reward", "ppo", "evaluate", "pipeline"]
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"config", "explain", "pipeline", "types"},
-    "pipeline": {"config", "artifacts", "launch", "report", "report_html", "demo", "types"},
+    "cli": {"config", "explain", "pipeline", "plan", "types"},
+    "pipeline": {"config", "artifacts", "launch", "plan", "report", "report_html", "demo", "types"},
+    "plan": {"artifacts", "log", "tokens", "types"},
     "explain": set(),
     "run": {"config", "engine", "stages", "artifacts", "log", "types"},
     "stages": {
