@@ -132,12 +132,13 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def resolve_model(path: str, key: str = "model.path") -> ModelSource:
+def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> ModelSource:
     """Where the weights and the tokenizer behind `path` are.
 
     Args:
         path: a finished run of a stage, a model folder, an adapter folder, `demo:<name>` or a hub id.
         key: the config key it was given as, for messages.
+        weights: False: a model folder may hold its config.json alone.
 
     Raises:
         InputError: a run that is not done, a folder that holds no model.
@@ -182,7 +183,7 @@ def resolve_model(path: str, key: str = "model.path") -> ModelSource:
                 else "expected config.json and *.safetensors"
             )
             raise InputError(f"{key}={path}: the folder holds no model; {hint}")
-        if not list(folder.glob("*.safetensors")):
+        if weights and not list(folder.glob("*.safetensors")):
             raise InputError(
                 f"{key}={path}: no *.safetensors in the folder; alignkit reads no pickled weights: convert them with save_pretrained"
             )

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,8 +52,9 @@ usage: alignkit COMMAND [key=value …]
   alignkit COMMAND --help       its keys, defaults and config groups
   alignkit COMMAND --cfg job    the config as it would run
   alignkit COMMAND dry_run=true what would be launched
+  alignkit plan COMMAND …       batches, tokens, memory and hours before it runs
+                                [--device-memory=80GiB] [--throughput=TOKENS_A_SECOND|RUN]
   alignkit COMMAND -m a.b=1,2   sweep (Hydra multirun); each job in runs/<run_name>/<what is swept>
-  alignkit check config         compose and check every file of conf/, and of --config-dir DIR
 
 first run: alignkit pipeline +experiment=quickstart
 """
@@ -68,11 +70,13 @@ def main() -> None:
     if command in ("-V", "--version", "version"):
         print(__version__)
         return None
+    if command == "plan":
+        return _plan(sys.argv[2:])
     if command == "check":
         return _check(sys.argv[2:])
     if command in (*TOOLS, "job"):  # `job`: what a batch script calls
         return _tool(command, sys.argv[2:])
-    known = [*COMMANDS, *TOOLS, "check"]
+    known = [*COMMANDS, *TOOLS, "check", "plan"]
     if command not in COMMANDS:
         import difflib
 
@@ -111,8 +115,28 @@ def _terminate(signum: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt  # so that the launcher ends the ranks it started
 
 
-def _hydra(command: str, arguments: list[str]) -> None:
-    """Run a command as the Hydra application it is, its refusals brought to one line."""
+def _plan(arguments: list[str]) -> None:
+    """`alignkit plan COMMAND …`: what the command would do, in numbers."""
+    from alignkit import pipeline
+    from alignkit.plan import text as plan
+    from alignkit.types import InputError
+
+    try:
+        options, rest = plan.options(arguments)
+    except InputError as error:
+        _refuse(str(error))
+    if not rest or rest[0] not in COMMANDS:
+        _refuse(
+            f"plan {' '.join(rest[:1]) or 'of what'}: give a command, as in `alignkit plan ppo …`: {', '.join(COMMANDS)}"
+        )
+    _hydra(rest[0], rest[1:], lambda cfg: pipeline.print_plan(cfg, options))
+
+
+def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | None = None) -> None:
+    """Run a command as the Hydra application it is, its refusals brought to one line.
+
+    `action`: what to do with the checked config; None: run it.
+    """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -134,6 +158,8 @@ def _hydra(command: str, arguments: list[str]) -> None:
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)
     def application(composed: Any) -> Any:
         try:
+            if action is not None:
+                return action(config.to_config(composed, command))
             sweep.begin_job(composed, arguments)
             cfg = config.to_config(composed, command)
             accepted.append(True)

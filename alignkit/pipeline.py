@@ -29,7 +29,7 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     run_dir = cfg.run_dir
     sources = check_inputs(cfg, later or {})
     if cfg.dry_run:
-        print(describe(cfg))
+        print_plan(cfg, full_config=True)
         return None
     origin = origin_of(cfg, sources)
     manifest = previous(cfg, origin)
@@ -192,14 +192,13 @@ def run_pipeline(cfg: Any) -> float | None:
     from alignkit.config import save
 
     root = folder(cfg)
+    if cfg.dry_run:
+        print_plan(cfg, full_config=True)
+        return None
     stages = cfg.stages()
     made = {str(stage.run_dir): stage.stage for stage in stages}
     for stage in stages:  # all inputs of all stages, before the first one takes its minutes
-        check_inputs(stage, made, tell=cfg.dry_run)  # told when each starts
-    if cfg.dry_run:
-        for stage in stages:
-            print(describe(stage))
-        return None
+        check_inputs(stage, made, tell=False)  # told when each starts
     if not cfg.resume:
         _refuse_existing(root, [stage.run_dir for stage in stages])
     with artifacts.lock(root):
@@ -213,12 +212,40 @@ def run_pipeline(cfg: Any) -> float | None:
     return (report.summarize(root)["gold"].get("ppo") or {}).get("mean")
 
 
-def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True) -> dict[str, Any]:
+def print_plan(cfg: Any, options: Any = None, full_config: bool = False) -> None:
+    """Check the inputs of a stage, or of all stages of a pipeline, and print the plan of each (`alignkit.plan`).
+
+    Args:
+        options: `plan.Options`; then a model folder may hold config.json without weights.
+        full_config: print the whole resolved config and the launch command first.
+    """
+    from alignkit import config
+    from alignkit.plan import compute, memory
+    from alignkit.plan import text as plan
+
+    stages, pipeline = (cfg.stages(), cfg) if isinstance(cfg, config.Pipeline) else ([cfg], None)
+    made = {str(stage.run_dir): stage.stage for stage in stages} if pipeline else {}
+    sources = [check_inputs(stage, made, weights=options is None) for stage in stages]
+    options, device = options or plan.Options(), plan.detect()
+    if options.device_memory:
+        device = memory.Device(options.device_memory, gpu=True)
+    for stage, found in zip(stages, sources, strict=True):
+        model = plan.Model.of(stage, found, pipeline)
+        planned = plan.written_rows(stage, pipeline) if pipeline else None
+        made_plan = plan.make(stage, model, device, planned)
+        pace = compute.seconds(stage, made_plan.work, options.throughput)
+        print(describe(stage) if full_config else f"# {stage.stage}: {stage.run_dir}")
+        print(plan.render(stage, made_plan, config.components, pace))
+        print("" if full_config else plan.launch_line(stage) + "\n")
+
+
+def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bool = True) -> dict[str, Any]:
     """Resolve the models and runs a stage reads and validate its rows, without torch.
 
     Args:
         later: {run folder: stage} of runs that an earlier stage of the same pipeline will make.
         tell: print what the lints found in the rows.
+        weights: False: a model folder may lack them.
 
     Returns:
         {role: ModelSource} of those that exist now.
@@ -233,12 +260,14 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True) -> dict[str
     for role, path in cfg.inputs().items():
         if path not in later:
             key = f"{role}.path" if role.startswith("rewards.") or "." not in role else role
-            source = sources[role] = artifacts.resolve_model(path, key)
+            source = sources[role] = artifacts.resolve_model(path, key, weights)
             stage = (artifacts.read_manifest(source.run) or {}).get("stage") if source.run else None
             if role.startswith("rewards.") and stage not in (None, "reward"):
                 raise InputError(
                     f"{key}={path}: a run of {stage}, which has no score; expected one of reward, as runs/<name>/reward"
                 )
+            if not weights:  # a plan needs no more than config.json
+                continue
             facts = check_source(source, f"{key}={path}", cfg.model.chat_template, scores=role.startswith("rewards."))
             for line in model_contradictions(cfg, facts, f"{key}={path}"):
                 raise InputError(line)
@@ -260,7 +289,7 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True) -> dict[str
     for data, kind, name, limit in cfg.row_sets():
         if (data.path or data is cfg.data) and not any(data.path.startswith(f"{folder}/") for folder in later):
             rows = data.rows(kind)
-            if speaks is not None:
+            if speaks is not None and weights:
                 check_fits(rows, limit, name, Path(speaks.tokenizer), cfg.model.chat_template)
             if key := {id(cfg.data): "data", id(getattr(cfg, "eval_data", None)): "eval_data"}.get(id(data)):
                 read[key] = (data, rows)
@@ -294,12 +323,11 @@ def _check_adapters(cfg: Any, sources: dict[str, Any]) -> None:
 
 def describe(cfg: Any, script: str | None = None) -> str:
     """The resolved config of a stage and the command, or the batch script, that would start it."""
-    import shlex
-
     from omegaconf import OmegaConf
 
-    if script is None:
-        script = f"$ {shlex.join(cfg.launcher.command(cfg.stage, cfg.run_dir, cfg.launcher.port or 29500))}"
+    from alignkit.plan import text as plan
+
+    script = plan.launch_line(cfg) if script is None else script
     return f"# {cfg.stage}\n{OmegaConf.to_yaml(OmegaConf.structured(cfg))}\n{script}\n"
 
 

@@ -39,7 +39,7 @@ def main() -> int:
         try:
             world = engine.start()
             metrics, facts = importlib.import_module(f"alignkit.stages.{stage}").main(cfg, world, log)
-            world.barrier()
+            peaks = world.gather(peak_mib())
         except Saved as saved:
             if rank == 0:
                 artifacts.write_manifest(run_dir, status="saved", saved=vars(saved))
@@ -58,10 +58,20 @@ def main() -> int:
             sys.stderr.flush()
             os._exit(2 if kind == "input" else 1)  # peers may hang in a collective: the launcher ends them
         if rank == 0:
-            facts |= {"metrics": metrics, "model_hash": artifacts.model_hash(run_dir / "model")}
+            facts |= {"metrics": metrics, "model_hash": artifacts.model_hash(run_dir / "model"), "peak_mib": peaks}
             artifacts.write_manifest(run_dir, **facts, seconds=round(time.time() - started, 1), status="done")
     engine.stop()
     return 0
+
+
+def peak_mib() -> float:
+    """The most memory this rank held: torch's on its GPU, or without one what was resident in the machine's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.split("VmHWM:")[1].split()[0]) / 2**10, 1)
 
 
 if __name__ == "__main__":

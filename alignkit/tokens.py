@@ -293,6 +293,15 @@ class PromptSampler:
         self._order = self._shuffled()
 
 
+def split_by_prompt(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """(the rows, those held out): `fraction` of the prompts with all their rows, no prompt in both."""
+    prompts = list(dict.fromkeys(json.dumps(row["prompt"]) for row in rows))
+    order = PromptSampler(len(prompts), seed).next(len(prompts))
+    held_out = {prompts[i] for i in order[: round(fraction * len(prompts))]}
+    keep = [json.dumps(row["prompt"]) not in held_out for row in rows]
+    return [r for r, k in zip(rows, keep, strict=True) if k], [r for r, k in zip(rows, keep, strict=True) if not k]
+
+
 def collate_prompts(prompts: Rows, pad_id: int) -> PromptBatch:
     """Elements of `prompt_dataset` as one batch: ids [P, Lp] i64 padded on the left, mask [P, Lp] bool."""
     import torch

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
         *("config", "explain", "submit", "pipeline", "sweep", "compare", "lineage", "resume", "jobs", "types"),
-        *("check_config", "check_data", "doctor"),
+        *("check_config", "check_data", "doctor", "plan"),
     },
     "sweep": {"compare", "types"},
     "compare": {"report", "report_html", "log", "progress", "types"},
@@ -50,8 +50,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor_rules": set(),
     "pipeline": {
         *("config", "doctor", "sharing", "artifacts", "lints", "launch", "report", "report_html", "demo", "types"),
-        *("chat", "check_model", "rules"),
+        *("chat", "check_model", "plan", "rules"),
     },
+    "plan": {"artifacts", "log", "tokens", "types"},
     "check_config": {"config", "explain", "types"},
     "check_model": {"artifacts", "chat", "models", "types"},
     "chat": {"artifacts", "types"},

@@ -7,7 +7,6 @@ a finished one is moved out of there with its digests, so a kill in mid-save lea
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,7 @@ def split_rows(cfg: TrainStage) -> tuple[Rows, Rows]:
     rows = cfg.data.rows(cfg.row_kind)
     if cfg.eval_data.path:
         return rows, cfg.eval_data.rows(cfg.row_kind)
-    prompts = list(dict.fromkeys(json.dumps(row["prompt"]) for row in rows))
-    order = tokens.PromptSampler(len(prompts), cfg.seed).next(len(prompts))
-    held_out = {prompts[i] for i in order[: round(cfg.eval_fraction * len(prompts))]}
-    keep = [json.dumps(row["prompt"]) not in held_out for row in rows]
-    return [r for r, k in zip(rows, keep, strict=True) if k], [r for r, k in zip(rows, keep, strict=True) if not k]
+    return tokens.split_by_prompt(rows, cfg.eval_fraction, cfg.seed)
 
 
 def arguments(cls: type, cfg: TrainStage, world: World, **extra: Any) -> Any:

@@ -174,6 +174,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             # 10. Log.
             numbers |= {name: total / max(count, 1) for name, (total, count) in metrics.items()}
             numbers |= clock.lap() | {"rollout/policy_version": scored.rollouts.policy_version}
+            numbers |= {"rollout/sequences": len(mask), "rollout/tokens": int(experience.mask.sum())}
             log.log(step, numbers)
             if step % cfg.sample_every == 0:
                 log.samples(step, sample_rows(tokenizer, scored, old_logprobs - ref_logprobs))
