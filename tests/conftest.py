@@ -15,15 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items) -> None:
-    """A file is one group, and so are all tests that read the one run of the pipeline, and those on the one Slurm cluster:
-    a group stays in one process."""
-    for item in items:
-        shared = [name for name in ("pipeline", "cluster") if name in item.fixturenames]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A folder with the tiny model, four blocks deep, and its tokenizer."""
