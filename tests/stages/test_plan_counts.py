@@ -68,7 +68,7 @@ def test_ppo_in_groups_with_epochs_and_prompts_left_out(tiny, rows, tmp_path):
     job = [
         f"runs_dir={tmp_path}", "run_name=groups", "logger=none", f"model.path={tiny}", f"data.path={rows}", "rollout=hf", "algorithm=rloo",
         "group_size=4", "rollout_batch_size=24", "mini_batch_size=8", "micro_batch_size=2", "steps=3", "algorithm.ppo_epochs=2",
-        "rollout.max_new_tokens=5", "rollout.min_tokens=5", "rollout.allow_biased_sampling=true", "max_prompt_length=26",
+        "rollout.max_new_tokens=5", "rollout.min_tokens=5", "rollout.allow_biased_sampling=true", "max_prompt_length=18",
         "algorithm.missing_eos=none", "~reward@rewards.reward_model", "+reward@rewards.mine=function", f"rewards.mine.target={mine}:score",
         "data.limit=20",
     ]  # fmt: skip
