@@ -9,7 +9,8 @@ import pytest
 from command import alignkit
 from jobs import manifest, metrics, run_many
 
-from alignkit import config
+from alignkit import config, tokens
+from alignkit.data import Data
 from alignkit.pipeline import check_inputs
 from alignkit.plan import counts, memory
 from alignkit.plan import text as plan
@@ -63,12 +64,16 @@ def test_ppo_of_a_pipeline(pipeline):
 
 def test_ppo_in_groups_with_epochs_and_prompts_left_out(tiny, rows, tmp_path):
     """Answers of one length each, so that the tokens are known too; prompts are drawn beyond an epoch."""
+    prompts, _ = tokens.prompt_dataset(
+        Data(path=str(rows), limit=20).rows("prompt"), tokens.load_tokenizer(str(tiny)), 500
+    )
+    limit = sorted(len(prompt["ids"]) for prompt in prompts)[9]
     mine = tmp_path / "mine.py"
     mine.write_text("def score(prompts, responses, meta):\n    return [float(len(r)) for r in responses]\n")
     job = [
         f"runs_dir={tmp_path}", "run_name=groups", "logger=none", f"model.path={tiny}", f"data.path={rows}", "rollout=hf", "algorithm=rloo",
         "group_size=4", "rollout_batch_size=24", "mini_batch_size=8", "micro_batch_size=2", "steps=3", "algorithm.ppo_epochs=2",
-        "rollout.max_new_tokens=5", "rollout.min_tokens=5", "rollout.allow_biased_sampling=true", "max_prompt_length=18",
+        "rollout.max_new_tokens=5", "rollout.min_tokens=5", "rollout.allow_biased_sampling=true", f"max_prompt_length={limit}",
         "algorithm.missing_eos=none", "~reward@rewards.reward_model", "+reward@rewards.mine=function", f"rewards.mine.target={mine}:score",
         "data.limit=20",
     ]  # fmt: skip
