@@ -94,7 +94,10 @@ def check_fits(rows: Rows, limit: int, name: str, folder: Path, chat_template: s
                 f"{folder}: the tokenizer has no chat template, so messages cannot be encoded: set model.chat_template, or "
                 "give plain text prompts"
             )
-        answers = [row[field] for field in ("completion", "chosen", "rejected") if field in row]
+        fields = (
+            () if name == "max_prompt_length" else ("completion", "chosen", "rejected")
+        )  # a prompt row may hold them too
+        answers = [row[field] for field in fields if field in row]
         count = [
             len(tokenizer.encode(text, add_special_tokens=False))
             for text in (prompt[:enough], *(a[:enough] for a in answers))

@@ -131,7 +131,7 @@ def test_11_the_loss_is_that_of_the_whole_batch(folders):
     ratio = (law.gather(2, x.ids.gather(1, at)[..., None])[..., 0] - x.old_logprobs).exp()
     surrogate = torch.minimum(x.advantages * ratio, x.advantages * ratio.clamp(0.8, 1.2)) * x.weights
     entropy = -(law.exp() * law).sum(-1)
-    values = fresh.heads["critic"](critic)[..., 0]
+    values = fresh.heads["critic"](critic)
     near = x.values + (values - x.values).clamp(-0.2, 0.2)
     errors = torch.maximum((values - x.returns) ** 2, (near - x.returns) ** 2)
     (-(surrogate + 0.1 * entropy)[m].mean() + 0.5 * 0.5 * errors[m].mean()).backward()
