@@ -56,8 +56,8 @@ def script(name: str) -> str:
         "ppo",
         more.pop("run_dirs", RUN),
         template=template(),
-        cwd=Path("/work/me"),
-        python="/work/me/.venv/bin/python",
+        cwd=Path("/project"),
+        python="/project/.venv/bin/python",
         **more,
     )
 
@@ -81,7 +81,7 @@ def test_bash_parses_it_and_nothing_is_left_to_fill_in(name):
 @pytest.mark.parametrize("name", JUDGED)
 def test_sbatch_takes_it(cluster, name):
     done = subprocess.run(
-        ["sbatch", "--test-only"], input=script(name).replace("/work/me", "/tmp"), capture_output=True, text=True
+        ["sbatch", "--test-only"], input=script(name).replace("/project", "/tmp"), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
