@@ -27,10 +27,10 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     from alignkit.launch import scheduler
 
     run_dir = cfg.run_dir
-    sources = check_inputs(cfg, later or {})
     if cfg.dry_run:
         print_plan(cfg, full_config=True)
         return None
+    sources = check_inputs(cfg, later or {})
     origin = origin_of(cfg, sources)
     manifest = previous(cfg, origin)
     if manifest is not None and manifest["status"] == "done":
