@@ -66,7 +66,8 @@ install_env() {
   "$root/.venv/bin/python" -m pip install --upgrade uv
   tell_uv
   cd "$root"
-  .venv/bin/uv pip install --python .venv/bin/python -e ".[$1]"
+  # Compiled once, here: a Python that may not write bytecode would compile torch and transformers at every start.
+  .venv/bin/uv pip install --python .venv/bin/python --compile-bytecode -e ".[$1]"
   echo "$(env_hash .venv/bin/python) $1" >.venv/installed
 }
 

@@ -21,7 +21,10 @@ from kill_resume import Run, prepare, processes, raw_rows
 
 def stopped(run: Run, signum: int, after: int, ranks: bool = False, again: bool = False) -> tuple[int, str, float]:
     """Start, send a signal (to the ranks themselves, or twice) after some logged steps: (exit code, output, seconds)."""
-    command = subprocess.Popen(run.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = subprocess.Popen(
+        run.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     while command.poll() is None and len(raw_rows(run.path)) < after:
         time.sleep(0.02)
     sent = time.monotonic()
