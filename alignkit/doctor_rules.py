@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Series = list[tuple[int, float]]  # (step, value), by step
+COLLAPSED = 0.1  # of the entropy a policy began with: nine in ten choices that it had are made
 
 
 @dataclass
@@ -95,10 +96,11 @@ def _half(dtype: str) -> bool:
 
 def not_finite(run: Run) -> Finding | None:
     """A number that is no number; where it comes from, what is computed first stands first."""
-    rate = run.get("optimizer.learning_rate")
-    knob = (
-        f"lower optimizer.learning_rate={rate}" + (f" (try {rate / 10:g})" if rate else "")
-    ) + ", keep optimizer.max_grad_norm above 0, and look at the rewards of that step in samples.jsonl"
+    rate, decay = run.get("optimizer.learning_rate"), run.get("optimizer.weight_decay", 0.0)
+    lower = f"lower optimizer.learning_rate={rate}" + (f" (try {rate / 10:g})" if rate else "")
+    if rate and rate * decay > 1:  # AdamW multiplies the weights by 1 - rate * decay
+        lower = f"optimizer.weight_decay=0.1: {decay:g} times the learning rate {rate:g} turns the weights' signs"
+    knob = f"{lower}, keep optimizer.max_grad_norm above 0, and look at the rewards of that step in samples.jsonl"
     bad = [(step, name) for name, points in run.metrics.items() for step, v in points if not math.isfinite(v)]
     if bad:
         first = min(step for step, _ in bad)
@@ -204,14 +206,21 @@ def truncated(run: Run) -> Finding | None:
     )
 
 
+def _while_open(run: Run, points: Series) -> Series:
+    """The steps before the policy says the same thing every time: returns without spread leave nothing to explain."""
+    entropy = run.finite("objective/entropy")
+    closed = [step for step, value in entropy if value < COLLAPSED * entropy[0][1]]
+    return [point for point in points if not closed or point[0] < closed[0]]
+
+
 def value_lag(run: Run) -> Finding | None:
     """The critic explains nothing of the returns for the whole second half of the run."""
-    points = run.finite("critic/explained_variance")
+    points = _while_open(run, run.finite("critic/explained_variance"))
     late = points[len(points) // 2 :]
     # A baseline that explains a share v of the returns' variance lowers that of the advantages by v: under 1 % the
     # critic is of no use, below 0 it adds noise. Single steps scatter, so nearly all of them must say so.
     useless = [point for point in late if point[1] < 0.01]
-    if mean(late) >= 0.01 or len(useless) < 0.8 * len(late):
+    if len(points) < 8 or mean(late) >= 0.01 or len(useless) < 0.8 * len(late):
         return None
     evidence = f"critic/explained_variance is {mean(late):.2g} on average in {span(late)}"
     rate, policy_rate = (run.get(f"{key}.learning_rate", 0.0) for key in ("critic_optimizer", "optimizer"))
@@ -262,10 +271,9 @@ def entropy_collapse(run: Run) -> Finding | None:
     """The policy says the same thing every time."""
     points = run.finite("objective/entropy")
     start, end = points[0][1], thirds(points)[2]
-    # A tenth of what it began with: nine in ten choices that the policy had are made.
-    if mean(end) >= 0.1 * start:
+    if mean(end) >= COLLAPSED * start:
         return None
-    fell = next(step for step, value in points if value < 0.1 * start)
+    fell = next(step for step, value in points if value < COLLAPSED * start)
     rate = run.get("optimizer.learning_rate", 0.0)
     return Finding(
         "entropy_collapse",

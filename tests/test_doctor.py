@@ -100,6 +100,10 @@ EDGES = {
     "value_lag, scattered": (
         {}, {"explained": [0.0] * 5 + [-0.3, -0.2, 0.02, -0.4, -0.1]}, {}, {"explained": [0.0] * 5 + [-0.3, 0.2, 0.02, -0.4, 0.1]},
     ),
+    "value_lag, while the policy has choices": (
+        {}, {"explained": [0.5] * 8 + [0.0] * 8, "entropy": [2.0] * 8 + [0.21] * 3 + [2.0] * 5},
+        {}, {"explained": [0.5] * 8 + [0.0] * 8, "entropy": [2.0] * 8 + [0.19] * 3 + [2.0] * 5},
+    ),
     "over_optimisation": (
         {}, {"score": RISING, "gold": [min(0.2 * i, 2 - 0.2 * i) + NOISE[i % 5] for i in range(15)]},
         {}, {"score": RISING, "gold": [0.1 * min(i, 9) + NOISE[i % 5] for i in range(15)]},
@@ -133,7 +137,7 @@ def test_a_finding_has_numbers_a_step_and_a_key_that_exists(name):
     key = next(word for word in finding.knob.replace(",", " ").split() if "=" in word or "." in word).split("=")[0]
     group, _, field = key.partition(".")
     known = {
-        "optimizer": ("learning_rate", "warmup_steps", "max_grad_norm"),
+        "optimizer": ("learning_rate", "warmup_steps", "max_grad_norm", "weight_decay"),
         "critic_optimizer": ("learning_rate",),
         "critic": ("head",),
         "rollout": {f for cls in components("rollout").values() for f in cls.__dataclass_fields__},
@@ -141,6 +145,14 @@ def test_a_finding_has_numbers_a_step_and_a_key_that_exists(name):
         "config": ("json",),
     }
     assert field.rstrip(".") in known[group], finding.knob
+
+
+def test_the_knob_of_what_is_not_finite_goes_by_its_cause():
+    def knob(changes):
+        return examine(made(changes, score=[math.nan]))[0][0].knob
+
+    assert knob({}).startswith("lower optimizer.learning_rate=0.001 (try 0.0001)")
+    assert knob({"optimizer.weight_decay": 1e4}).startswith("optimizer.weight_decay=0.1")
 
 
 def test_the_knob_of_a_lagging_critic_goes_by_its_cause():
@@ -182,8 +194,8 @@ def test_rules_and_names_are_one_to_one():
 
 # ------------------------------------------------------------------------------------------------ the recorded runs
 
-PLANTED = ["nan", "learning_rate", "rollout_gap", "truncated", "value_lag"]
-HEALTHY = ["healthy_grpo"]
+PLANTED = [rule.name for rule in RULES]
+HEALTHY = ["healthy_ppo", "healthy_adaptive", "healthy_grpo"]
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+from alignkit.engine import Optimizer
 from alignkit.finetune.lora import LoRA
 from alignkit.rollout import attest
 from alignkit.rollout.hf import HFSampler
@@ -187,13 +188,23 @@ def last_server_killed() -> Iterator[None]:
 
 
 @contextmanager
+def learning_rate() -> Iterator[None]:
+    """A schedule that is at its end before the run begins."""
+    with patch.object(Optimizer, "factor", lambda *_: 0.0):
+        yield
+
+
+@contextmanager
 def ratio() -> Iterator[None]:
-    """The update runs in training mode: with dropout in the model, its log-probs are not those of the experience."""
+    """The update runs in training mode with dropout in its attention: its log-probs are not those of the experience."""
     from alignkit.stages import ppo
 
     update = ppo.update
 
     def training(cfg, roles, *rest):
+        for part in roles.modules():
+            if hasattr(part, "attention_dropout"):
+                part.attention_dropout = 0.1
         roles.train()
         try:
             return update(cfg, roles, *rest)

@@ -41,17 +41,29 @@ BASE = [
 ]  # fmt: skip
 # {name: what differs from BASE}
 RUNS = {
-    "learning_rate": ["optimizer.learning_rate=0", "steps=4"],
+    "learning_rate": ["steps=4"],
     "truncated": ["rollout.max_new_tokens=4", "algorithm.missing_eos=replace", "steps=4"],
     "rollout_gap": ["optimizer.learning_rate=5e-3", "steps=7"],
-    "nan": ["optimizer.learning_rate=1e30", "optimizer.max_grad_norm=0", "steps=4"],
+    "nan": ["optimizer.weight_decay=1e30", "steps=4"],
     "value_lag": ["critic_optimizer.learning_rate=1e-8", "steps=10"],
+    "ratio": ["steps=4"],
+    "over_optimisation": [
+        "finetune=full", "optimizer.learning_rate=1e-3", "algorithm.kl_coef=0", "+reward@rewards.gold=function",
+        "rewards.gold.target=rewards.py:gold", "rewards.gold.weight=0", "steps=20",
+    ],
+    "entropy_collapse": ["finetune=full", "optimizer.learning_rate=3e-2", "algorithm.kl_coef=0", "steps=30"],
+    "kl_runaway": ["finetune=full", "optimizer.learning_rate=5e-3", "algorithm.kl_coef=0", "steps=20"],
     "healthy_grpo": ["seed=2", "algorithm=grpo", "group_size=4", "~algorithm.value_clip_range", "steps=9"],
+    "healthy_ppo": ["seed=3", "finetune=full", "optimizer.learning_rate=6e-4", "steps=20"],
+    "healthy_adaptive": [
+        "seed=4", "finetune=full", "optimizer.learning_rate=1e-3", "algorithm.adaptive_kl_target=1", "algorithm.kl_coef=0.1",
+        "algorithm.adaptive_kl_horizon=640", "algorithm.value_clip_range=0.2", "steps=20",
+    ],
 }  # fmt: skip
 
 
 def prepare() -> None:
-    """In the current folder: rewards.py, prompts, the tiny model, and the same with dropout."""
+    """In the current folder: rewards.py, prompts and the tiny model."""
     sys.path.insert(0, str(HERE.parent))
     from tiny import tiny_model
 
@@ -59,9 +71,6 @@ def prepare() -> None:
     rows = [{"prompt": f"Tell me something about the number {i}."} for i in range(64)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tiny_model("tiny")
-    shutil.copytree("tiny", "dropout")
-    config = json.loads(Path("dropout/config.json").read_text())
-    Path("dropout/config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
 
 
 def overrides(name: str) -> list[str]:
@@ -94,6 +103,6 @@ if __name__ == "__main__":
     chosen = sys.argv[1:] or list(RUNS)
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(os.environ.get("KEEP_IN", scratch))
-        if not Path("dropout").is_dir():
+        if not Path("tiny").is_dir():
             prepare()
         record(chosen)
