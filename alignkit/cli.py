@@ -163,7 +163,7 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
             sweep.begin_job(composed, arguments)
             cfg = config.to_config(composed, command)
             accepted.append(True)
-            value = submit.run_command(cfg)
+            value = submit.run_command(cfg, queue)
             done.extend([] if cfg.dry_run else [pipeline.folder(cfg)])
             return value
         except (InputError, RunError, Saved) as error:
@@ -180,11 +180,13 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
     sweeping = bool({"-m", "--multirun"} & set(arguments))
     accepted: list[bool] = []  # whether Hydra and the typed config took the command line
     try:
-        try:
-            application()
-        except ValueError:  # of a sweeper that has no number to go on with
-            if not stopped:
-                raise
+        with submit.Queue() as queue:  # of Slurm: all jobs of a sweep go into it together
+            try:
+                application()
+            except ValueError:  # of a sweeper that has no number to go on with
+                if not stopped:
+                    raise
+            queue.submit()
         if sweeping and done:
             sweep.finish(done, len(stopped))
         if sweeping and stopped:

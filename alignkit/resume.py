@@ -32,7 +32,9 @@ def main(arguments: Sequence[str]) -> None:
     for stage in stages:
         print(f"{stage.stage:<9} {standing(stage.run_dir)}")
     if "--dry-run" not in arguments:
-        submit.run_command(cfg)
+        with submit.Queue() as queue:
+            submit.run_command(cfg, queue)
+            queue.submit()
 
 
 def saved_config(run: Path) -> Any:

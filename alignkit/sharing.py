@@ -122,7 +122,9 @@ def differences(manifest: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def turn(runs_dir: Path, wanted: str, stage: str, run_dir: Path) -> Iterator[None]:
+def turn(
+    runs_dir: Path, wanted: str, stage: str, run_dir: Path, doing: str = "which makes the same stage"
+) -> Iterator[None]:
     """Hold the address while the stage is looked for and made; another process that holds it is waited for, and named."""
     folder = runs_dir / ".addresses"
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ def turn(runs_dir: Path, wanted: str, stage: str, run_dir: Path) -> Iterator[Non
         except BlockingIOError:
             file.seek(0)
             print(
-                f"{stage:<9} waits for {file.read().strip() or 'another process'}, which makes the same stage",
+                f"{stage:<9} waits for {file.read().strip() or 'another process'}, {doing}",
                 flush=True,
             )
             fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when that process ends, however it ends

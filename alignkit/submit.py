@@ -1,8 +1,12 @@
-"""A checked config is run: here (`pipeline.py`), or as a chain of Slurm jobs that is queued. No torch."""
+"""A checked config is run: here (`pipeline.py`), or as Slurm jobs that are queued: a chain of a run's stages, and of a
+sweep's runs one array for each stage in which they differ. No torch."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +15,15 @@ from alignkit.launch import scheduler
 from alignkit.types import InputError
 
 
-def run_command(cfg: Any) -> float | None:
-    """One stage or all of them, here or on a cluster. Returns the number a sweeper may optimise; None of what is queued."""
+def run_command(cfg: Any, queue: Queue) -> float | None:
+    """One stage or all of them, here, or into the queue. Returns the number a sweeper may optimise; None of what is queued."""
     from alignkit.config import Pipeline
 
     whole = isinstance(cfg, Pipeline)
     stages = cfg.stages() if whole else [cfg]
     launchers = {stage.launcher.name for stage in stages}
     if launchers == {"slurm"}:
-        submit(cfg, stages)
+        queue.add(cfg, stages)
         return None
     if "slurm" in launchers:
         raise InputError(
@@ -28,72 +32,209 @@ def run_command(cfg: Any) -> float | None:
     return pipeline.run_pipeline(cfg) if whole else pipeline.run_stage(cfg)
 
 
-def submit(cfg: Any, stages: list[Any]) -> None:
-    """Queue stages as a chain of jobs and return at once: each starts when the one before it is done.
+@dataclass(eq=False)
+class Task:
+    """A stage of a run that needs a job of its own, or a task of an array."""
 
-    Args:
-        cfg: of one stage, or of the pipeline.
-        stages: all of its stages.
+    stage: Any
+    plan: str  # its address
+    after: list[Task | str]  # what must end well first: of the same queue, or the id of another job
+    report: bool  # the last of a pipeline
+    batch: list[Task] = field(default_factory=list)  # the tasks of its array in order; of a single job that one
+    job: str = ""  # its id, once it is submitted
 
-    Raises:
-        InputError: before anything is written: an input is refused, or Slurm refuses a job.
-    """
-    from alignkit.config import save
 
-    root = Path(cfg.runs_dir) / cfg.run_name
-    with ExitStack() as held:
-        chain, plans, waits = _chain(cfg, stages, held)
-        last = stages[-1] if len(stages) > 1 else None
-        scripts = [job_script([stage], report=stage is last) for stage in chain]
-        if cfg.dry_run:
-            for stage, script in zip(chain, scripts, strict=True):
-                print(pipeline.describe(stage, script))
-        if cfg.dry_run or not chain:
+class Queue:
+    """Runs that are submitted together. What several need is queued once, and linked to by the others."""
+
+    def __init__(self) -> None:
+        self.runs: dict[Path, Any] = {}  # {folder: config}
+        self.tasks: list[Task] = []
+        self.links: list[tuple[Path, Path]] = []  # (folder of a stage, the one that will hold it)
+        self.held = ExitStack()
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.held.close()
+
+    def add(self, cfg: Any, stages: list[Any]) -> None:
+        """Check a run, and plan its jobs. Until the queue is closed nobody else queues the same.
+
+        Args:
+            cfg: of one stage, or of the pipeline.
+            stages: all of its stages.
+
+        Raises:
+            InputError: an input is refused; the runs before it stay in the queue.
+        """
+        root = Path(cfg.runs_dir) / cfg.run_name
+        if root in self.runs:
+            raise InputError(f"run_name={cfg.run_name}: another job of this sweep writes to {root}; give each its own")
+        with ExitStack() as held:
+            if not (cfg.dry_run or self.runs):  # two sweeps that hold what the other needs would wait for ever
+                turn = sharing.turn(Path(cfg.runs_dir), "queue", stages[0].stage, root, "which queues its jobs")
+                held.enter_context(turn)
+            tasks, links = self._planned(cfg, stages, held)
+            if not (tasks or links):
+                return
+            if not cfg.dry_run:
+                held.enter_context(artifacts.lock(root))
+            self.held.enter_context(held.pop_all())
+        self.runs[root] = cfg
+        self.tasks += tasks
+        self.links += links
+
+    def _planned(self, cfg: Any, stages: list[Any], held: ExitStack) -> tuple[list[Task], list[tuple[Path, Path]]]:
+        """The stages of a run that need a job, and the links to those that another run of the queue makes.
+
+        A stage that a run outside of the queue has made, or has a job for, is linked to at once.
+        """
+        others = {(task.stage.stage, task.plan): task for task in self.tasks if task.stage.reuse}
+        tasks: list[Task] = []
+        links: list[tuple[Path, Path]] = []
+        made: dict[str, str] = {}
+        plans: dict[str, str] = {}
+        before: list[Task | str] = []
+        for stage in stages:
+            stage.launcher, stage.resume = stage.launcher.at_site(), cfg.resume
+            made |= in_the_making(stage)
+            if cfg.resume and stage.run_dir.is_symlink() and not sharing.is_done(stage.run_dir):
+                stage.run_dir.unlink()  # to a stage of another run that did not end well, or has yet to be made
+            sources = pipeline.check_inputs(stage, made)
+            plan = sharing.address(stage, sharing.contents(stage, {path: plans.get(path, path) for path in made}))
+            free = stage.reuse and not os.path.lexists(stage.run_dir)
+            twin = others.get((stage.stage, plan)) if free else None
+            if twin is None and not cfg.dry_run:
+                if free:
+                    held.enter_context(sharing.turn(Path(cfg.runs_dir), plan, stage.stage, stage.run_dir))
+                if is_kept(stage, sources, made):
+                    continue
+            made[str(stage.run_dir)], plans[str(stage.run_dir)] = stage.stage, plan
+            if twin is not None:
+                print(f"{stage.stage:<9} kept: the same as {twin.stage.run_dir} will be")
+                links.append((stage.run_dir, twin.stage.run_dir))
+                before = joined(before, twin)
+            elif not cfg.dry_run and (job := _shared_job(stage, plan)):
+                before = joined(before, job)
+            else:
+                for job in stage.launcher.after:
+                    before = joined(before, job)
+                tasks.append(Task(stage, plan, before, report=len(stages) > 1 and stage is stages[-1]))
+                before = [tasks[-1]]
+        return tasks, links
+
+    def submit(self) -> None:
+        """Queue the jobs and return at once: each starts when those before it are done. All of them, or none.
+
+        Raises:
+            InputError: Slurm refuses a job.
+        """
+        batches = batched(self.tasks)
+        scripts = [job_script([task.stage for task in batch], batch[0].report) for batch in batches]
+        if any(cfg.dry_run for cfg in self.runs.values()):
+            for batch, script in zip(batches, scripts, strict=True):
+                for task in batch:
+                    print(pipeline.describe(task.stage, script if task is batch[-1] else ""))
             return
-        held.enter_context(artifacts.lock(root))
-        first = [*chain[0].launcher.after, *waits]
-        ids = scheduler.submit_chain(scripts, after=first)
+        scheduler.check_after(job for task in self.tasks for job in task.after if isinstance(job, str))
+        jobs: list[str] = []
+        first: list[str] = []
         try:
-            if len(stages) > 1:
-                save(cfg, root / "pipeline.yaml")  # for `alignkit resume`
-            for stage, script, job, after in zip(chain, scripts, ids, [first, *([i] for i in ids)], strict=False):
-                open_job(stage, script, job, after, plans[str(stage.run_dir)])
-            scheduler.release(ids[0])
+            for batch, script in zip(batches, scripts, strict=True):
+                after, how = dependency(batch)
+                heads = not any(isinstance(job, Task) for task in batch for job in task.after)
+                jobs.append(scheduler.submit(script, after=after, how=how, hold=heads))
+                first += jobs[-1:] if heads else []
+                for number, task in enumerate(batch):
+                    task.job = f"{jobs[-1]}_{number}" if len(batch) > 1 else jobs[-1]
+            self._write(dict(zip(jobs, scripts, strict=True)))
+            for job in first:
+                scheduler.release(job)
         except BaseException:
-            scheduler.cancel(ids)  # the first one is still held
+            scheduler.cancel(jobs)  # the first ones are still held
             raise
-    print(f"\n  alignkit status {root}\n  alignkit logs {root}\n  alignkit cancel {root}")
+        for root in self.runs:
+            print(f"\n  alignkit status {root}\n  alignkit logs {root}\n  alignkit cancel {root}")
+
+    def _write(self, scripts: dict[str, str]) -> None:
+        """What the queued jobs find in their folders, and the links. `scripts`: {job: its script}."""
+        from alignkit.config import Pipeline, save
+
+        for root, cfg in self.runs.items():
+            if isinstance(cfg, Pipeline):
+                save(cfg, root / "pipeline.yaml")  # for `alignkit resume`
+        for task in self.tasks:
+            open_job(task, scripts[task.job.partition("_")[0]])
+        for run_dir, twin in self.links:
+            sharing.link(run_dir, twin)
 
 
-def _chain(cfg: Any, stages: list[Any], held: ExitStack) -> tuple[list[Any], dict[str, str], list[str]]:
-    """The stages that need a job of their own, {run folder: address} of what is to be made, and the jobs of other runs
-    that make the stages before them.
+def joined(before: list[Task | str], job: Task | str) -> list[Task | str]:
+    """`before` and `job`, without those that another of them waits for."""
+    if job in before or any(job in ahead(old) for old in before):
+        return before
+    return [old for old in before if old not in ahead(job)] + [job]
 
-    A stage that another run has made, or has a job for, is linked to; `held` keeps others from queuing the same until
-    the jobs are in.
+
+def ahead(job: Task | str) -> set[Task | str]:
+    """All that a job waits for, as far as the queue knows."""
+    after = job.after if isinstance(job, Task) else []
+    return set(after).union(*(ahead(old) for old in after))
+
+
+def batched(tasks: list[Task]) -> list[list[Task]]:
+    """Tasks as the jobs and arrays that are submitted, each after those it waits for.
+
+    An array holds one stage of several runs, whose launchers are alike. It waits either for the same jobs as a whole, or
+    for another array task by task: Slurm knows no more of the kind.
     """
-    chain: list[Any] = []
-    waits: list[str] = []
-    made: dict[str, str] = {}
-    plans: dict[str, str] = {}
-    for stage in stages:
-        stage.launcher, stage.resume = stage.launcher.at_site(), cfg.resume
-        made |= in_the_making(stage)
-        if cfg.resume and stage.run_dir.is_symlink() and not sharing.is_done(stage.run_dir):
-            stage.run_dir.unlink()  # to a stage of another run that did not end well, or has yet to be made
-        sources = pipeline.check_inputs(stage, made)
-        plan = sharing.address(stage, sharing.contents(stage, {path: plans.get(path, path) for path in made}))
-        if not cfg.dry_run:
-            if stage.reuse and not stage.run_dir.exists():
-                held.enter_context(sharing.turn(Path(cfg.runs_dir), plan, stage.stage, stage.run_dir))
-            if is_kept(stage, sources, made):
-                continue
-        made[str(stage.run_dir)], plans[str(stage.run_dir)] = stage.stage, plan
-        if not cfg.dry_run and (job := _shared_job(stage, plan)):
-            waits.append(job)
-        else:
-            chain.append(stage)
-    return chain, plans, waits
+    from alignkit.config import STAGES
+
+    found = []
+    for stage in STAGES:
+        for alike in grouped((task for task in tasks if task.stage.stage == stage), _launch):
+            for group in grouped(alike, lambda t: [id(j.batch) if isinstance(j, Task) else j for j in t.after]):
+                parents = [job for task in group for job in task.after]
+                pairs = isinstance(parents[0], Task) and parents == parents[0].batch if parents else False
+                for batch in [group] if pairs else grouped(group, lambda t: list(map(id_of, t.after))):
+                    for task in batch:
+                        task.batch = batch
+                    found.append(batch)
+    return found
+
+
+def id_of(job: Task | str) -> Hashable:
+    """What tells jobs apart before they are submitted."""
+    return job if isinstance(job, str) else id(job)
+
+
+def grouped(tasks: Iterable[Task], key: Callable[[Task], Any]) -> list[list[Task]]:
+    """Tasks of equal key together, both in the order they come."""
+    found: dict[str, list[Task]] = {}
+    for task in tasks:
+        found.setdefault(repr(key(task)), []).append(task)
+    return list(found.values())
+
+
+def _launch(task: Task) -> Any:
+    """Equal where one script serves; Slurm has no arrays of heterogeneous jobs, so those stay alone."""
+    servers, launcher = starts_servers(task.stage), task.stage.launcher
+    return launcher, servers, task.report, id(task) if servers and launcher.server_nodes else None
+
+
+def dependency(batch: list[Task]) -> tuple[list[str], str]:
+    """`after` and `how` of `scheduler.submit`; what the batch waits for is submitted."""
+    after = batch[0].after
+    if all(task.after == after for task in batch):
+        return ids(after), "afterok"
+    return [ids(after)[0].partition("_")[0]], "aftercorr"
+
+
+def ids(jobs: list[Task | str]) -> list[str]:
+    """What Slurm calls them."""
+    return [job.job if isinstance(job, Task) else job for job in jobs]
 
 
 def _shared_job(stage: Any, plan: str) -> str | None:
@@ -133,41 +274,28 @@ def is_kept(stage: Any, sources: dict[str, Any], made: dict[str, str]) -> bool:
 NOTHING_KNOWN: dict[str, Any] = {"inputs": {}, "contents": {}, "address": ""}  # of a stage that waits for its inputs
 
 
-def submit_array(stages: list[Any], after: list[str], how: str = "afterok", at_once: int | None = None) -> str:
-    """Queue one stage of several runs as an array of jobs; its id. Their inputs are checked, their launchers alike.
-
-    Args:
-        after, how: as of `scheduler.submit`.
-        at_once: how many may run at a time; None: all.
-    """
-    script = job_script(stages, at_once=at_once)
-    array = scheduler.submit(script, after=after, how=how, hold=True)
-    try:
-        for number, stage in enumerate(stages):
-            open_job(stage, script, f"{array}_{number}", after)
-        scheduler.release(array)
-    except BaseException:
-        scheduler.cancel([array])
-        raise
-    return array
-
-
-def open_job(stage: Any, script: str, job: str, after: list[str], plan: str = "") -> None:
+def open_job(task: Task, script: str) -> None:
     """Write what a queued job finds in its folder when it starts."""
+    stage = task.stage
     (stage.run_dir / "logs").mkdir(parents=True, exist_ok=True)  # or the job ends without a word
-    pipeline.open_run(stage, "queued", NOTHING_KNOWN | {"plan": plan}, keep=("logs",))
+    pipeline.open_run(stage, "queued", NOTHING_KNOWN | {"plan": task.plan}, keep=("logs",))
     (stage.run_dir / "submit.sbatch").write_text(script)
-    scheduler.write_record(stage.run_dir, job, after)
-    print(f"{stage.stage:<9} queued: job {job}")
+    scheduler.write_record(stage.run_dir, task.job, ids(task.after))
+    print(f"{stage.stage:<9} queued: job {task.job}")
 
 
-def job_script(stages: list[Any], report: bool = False, at_once: int | None = None) -> str:
+def job_script(stages: list[Any], report: bool = False) -> str:
     """The batch script of a stage, or of the same stage of several runs as an array."""
     first = stages[0]
-    rollout = getattr(first, "rollout", None)
-    servers = rollout is not None and rollout.name == "server" and not rollout.urls
     run_dirs = [stage.run_dir for stage in stages]
-    return first.launcher.script(first.stage, run_dirs, servers=servers, report=report, at_once=at_once)
+    at_once = first.launcher.at_once
+    return first.launcher.script(first.stage, run_dirs, servers=starts_servers(first), report=report, at_once=at_once)
+
+
+def starts_servers(stage: Any) -> bool:
+    """Whether a stage starts rollout servers of its own."""
+    rollout = getattr(stage, "rollout", None)
+    return rollout is not None and rollout.name == "server" and not rollout.urls
 
 
 def in_the_making(stage: Any) -> dict[str, str]:

@@ -53,22 +53,6 @@ def submit(script: str, *, after: Sequence[str] = (), how: str = "afterok", hold
     return _slurm("sbatch", "--parsable", *dependency, *held, stdin=script).split(";")[0].strip()
 
 
-def submit_chain(scripts: Sequence[str], after: Sequence[str] = ()) -> list[str]:
-    """Submit jobs that run one after the other, each only if the one before it ended well; all of them or none.
-
-    The first one is held: `release` it when their ids are written down.
-    """
-    check_after(after)
-    ids: list[str] = []
-    try:
-        for script in scripts:
-            ids.append(submit(script, after=ids[-1:] or after, hold=not ids))
-    except BaseException:
-        cancel(ids)
-        raise
-    return ids
-
-
 def check_after(ids: Iterable[str]) -> None:
     """Refuse jobs that will never end well.
 

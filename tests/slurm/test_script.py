@@ -55,7 +55,8 @@ class Chain:
         script = render(
             launcher, "sft", [self.run_dir], template=template(), cwd=folder, python=str(stand_in), report=True
         )
-        self.job, self.next = scheduler.submit_chain([script, "#!/bin/sh\n#SBATCH --output=/dev/null\ntrue\n"])
+        self.job = scheduler.submit(script, hold=True)
+        self.next = scheduler.submit("#!/bin/sh\n#SBATCH --output=/dev/null\ntrue\n", after=[self.job])
         scheduler.release(self.job)
 
     def ready(self, run: int) -> None:
@@ -180,15 +181,8 @@ def test_nothing_waits_for_a_job_that_is_unknown_or_failed(cluster):
     before = cluster.ask("squeue", "--states=all", "--noheader", "--format=%A")
     for job, words in (("987654", "knows no such job"), (failed, "is FAILED")):
         with pytest.raises(scheduler.InputError, match=words):
-            scheduler.submit_chain([script], after=[job])
+            scheduler.check_after([job])
     assert cluster.ask("squeue", "--states=all", "--noheader", "--format=%A") == before
-
-
-def test_where_one_job_is_refused_none_is_left(cluster):
-    good = "#!/bin/sh\n#SBATCH --output=/dev/null\ntrue\n"
-    with pytest.raises(scheduler.InputError, match=r"[Ii]nvalid partition"):
-        scheduler.submit_chain([good, good.replace("true", "#SBATCH --partition=none\ntrue")])
-    assert cluster.ask("squeue", "--noheader") == ""
 
 
 def test_an_array_does_one_stage_of_several_runs_so_many_at_once(cluster, tmp_path):

@@ -1,4 +1,4 @@
-"""A sweep on Slurm: stages that are only queued are shared too. Nothing is run: the jobs would begin in an hour."""
+"""A sweep on Slurm: what its runs share is one job, what differs one array. Nothing is run: the jobs would begin in an hour."""
 
 from __future__ import annotations
 
@@ -6,36 +6,106 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from command import alignkit
 
+from alignkit import jobs
+
 SHARED = ("sft", "sample", "reward")
+STAGES = (*SHARED, "ppo", "evaluate")
 
 
 def job(folder: Path) -> str:
     return json.loads((folder / "slurm.json").read_text())["job"]
 
 
-def test_a_sweep_queues_what_its_jobs_share_once(cluster, tiny, rows, tmp_path):
-    runs = tmp_path / "runs"
-    result = alignkit(
-        "pipeline", "-m", f"runs_dir={runs}", "run_name=sweep", "launcher=slurm", "launcher.flags=['--begin=now+3600']",
-        f"model.path={tiny}", "+reward@sample.rewards.gold=vader", "+reward@evaluate.rewards.gold=vader", "logger=none",
-        *(f"{stage}.data.path={rows}" for stage in ("sft", "sample", "ppo", "evaluate")),
-        "ppo.algorithm.kl_coef=0.05,0.1", "ppo.steps=1,2",
-    )  # fmt: skip
+def pipeline(tiny: Path, rows: Path, runs: Path, *more: str) -> list[str]:
+    return [
+        "pipeline", f"runs_dir={runs}", "launcher=slurm", "launcher.flags=['--begin=now+3600']", "logger=none",
+        f"model.path={tiny}", "+reward@sample.rewards.gold=vader", "+reward@evaluate.rewards.gold=vader",
+        *(f"{stage}.data.path={rows}" for stage in ("sft", "sample", "ppo", "evaluate")), *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def command(cluster, tiny, rows, tmp_path):
+    """The command line of a pipeline, by what it has more; its jobs are gone in the end."""
+    yield lambda *more: pipeline(tiny, rows, tmp_path / "runs", *more)
+    cluster.ask("scancel", "--user=root", "--state=PENDING")
+
+
+def queued(cluster) -> list[str]:
+    """`stage` of each single job and `stage[tasks]` of each array that waits."""
+    names = cluster.ask("squeue", "--noheader", "--format=%K %j").splitlines()
+    found = [(tasks, name.rpartition("-")[2]) for tasks, name in (line.split(None, 1) for line in names)]
+    return sorted(stage if tasks == "N/A" else f"{stage}[{tasks}]" for tasks, stage in found)
+
+
+def waits_for(cluster, task: str) -> list[str]:
+    """`how:job` as Slurm has it."""
+    return re.findall(r"(after\w+:\d+(?:_\d+|_\*)?)", cluster.show(task)["Dependency"])
+
+
+def test_a_sweep_of_ppo_is_two_arrays_after_one_chain(cluster, command, tmp_path):
+    sweep = ["-m", "run_name=sweep", "launcher.at_once=2", "ppo.algorithm.kl_coef=0.05,0.1", "ppo.steps=1,2"]
+    result = alignkit(*command(*sweep))
     assert result.returncode == 0, result.stderr + result.stdout
-    jobs = sorted(path for path in (runs / "sweep").iterdir())
-    try:
-        assert len(jobs) == 4 and len(re.findall(r"queued: job \d+", result.stdout)) == 3 + 4 * 2
-        shared = [job(jobs[0] / stage) for stage in SHARED]
-        for folder in jobs:
-            assert [job(folder / stage) for stage in SHARED] == shared
-            needed = re.findall(r"afterok:(\d+)", cluster.show(job(folder / "ppo"))["Dependency"])
-            assert needed == (shared[-1:] if folder == jobs[0] else shared)
-            assert job(folder / "ppo") in cluster.show(job(folder / "evaluate"))["Dependency"]
-        ended = alignkit("cancel", jobs[1])  # its own jobs, not those that other runs wait for
-        assert ended.returncode == 0 and cluster.state(job(jobs[1] / "ppo")) == "CANCELLED"
-        assert [cluster.state(number) for number in shared] == ["PENDING"] * 3
-    finally:
-        for folder in jobs:
-            alignkit("cancel", folder)
+    runs = sorted((tmp_path / "runs" / "sweep").iterdir())
+    assert len(runs) == 4
+    assert queued(cluster) == ["evaluate[0-3%2]", "ppo[0-3%2]", "reward", "sample", "sft"]
+    sft, sample, reward = (job(runs[0] / stage) for stage in SHARED)
+    ppo, evaluate = (job(runs[0] / stage).partition("_")[0] for stage in ("ppo", "evaluate"))
+    for number, run in enumerate(runs):
+        assert [job(run / stage) for stage in STAGES] == [sft, sample, reward, f"{ppo}_{number}", f"{evaluate}_{number}"]
+        assert all((run / stage).is_symlink() == (number > 0) for stage in SHARED)
+        assert [item.status for item in jobs.status(run)] == ["queued"] * 5
+    assert "Dependency" not in cluster.show(sft) or cluster.show(sft)["Dependency"] == "(null)"
+    assert waits_for(cluster, sample) == [f"afterok:{sft}"] and waits_for(cluster, reward) == [f"afterok:{sample}"]
+    assert waits_for(cluster, ppo) == [f"afterok:{reward}"]
+    assert waits_for(cluster, evaluate) == [f"aftercorr:{ppo}_*"]
+    assert cluster.show(ppo)["ArrayTaskThrottle"] == "2" and cluster.show(sft)["Reason"] == "BeginTime"
+    assert f"4 of 4 jobs of the sweep are queued; later: alignkit compare {tmp_path}/runs/sweep" in result.stdout
+
+    ended = alignkit("cancel", runs[1])  # its own tasks, not those of the others or what they wait for
+    assert ended.returncode == 0 and f"job {ppo}_1 (PENDING)" in ended.stdout
+    for number, run in enumerate(runs):
+        expected = ["queued"] * 3 + ["cancelled" if number == 1 else "queued"] * 2
+        assert [item.status for item in jobs.status(run)] == expected
+
+
+def test_where_more_stages_differ_each_waits_for_its_own(cluster, command, tmp_path):
+    """Two SFT settings, each with two of PPO: Slurm cannot pair two tasks with four, so PPO is an array for each."""
+    result = alignkit(*command("-m", "run_name=two", "sft.seed=1,2", "ppo.steps=1,2"))
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert queued(cluster) == [f"{stage}[0-1]" for stage in sorted([*STAGES, "evaluate", "ppo"])]
+    for run in (tmp_path / "runs" / "two").iterdir():
+        before = [job(run / stage) for stage in STAGES]
+        for stage, earlier in zip(STAGES[1:], before, strict=False):
+            assert json.loads((run / stage / "slurm.json").read_text())["after"] == [earlier]
+            array, _, number = job(run / stage).partition("_")
+            how = [f"afterok:{earlier}"] if stage == "ppo" else [f"aftercorr:{earlier.partition('_')[0]}_*"]
+            assert waits_for(cluster, f"{array}_{number}") == how
+
+
+def test_a_refused_run_is_left_out_and_a_second_sweep_links_to_the_first(cluster, command, tmp_path):
+    result = alignkit(*command("-m", "run_name=a", "ppo.mini_batch_size=64,7,32"))
+    assert result.returncode == 2 and "mini_batch_size=7" in result.stderr
+    assert queued(cluster) == ["evaluate[0-1]", "ppo[0-1]", "reward", "sample", "sft"]
+    assert "2 of 3 jobs of the sweep are queued" in result.stdout
+    again = alignkit(*command("-m", "run_name=b", "ppo.steps=3,4"))
+    assert again.returncode == 0 and len(queued(cluster)) == 7
+    runs = [tmp_path / "runs" / "a" / "ppo.mini_batch_size=64", tmp_path / "runs" / "b" / "ppo.steps=4"]
+    assert [job(runs[0] / stage) for stage in SHARED] == [job(runs[1] / stage) for stage in SHARED]
+
+
+def test_a_dry_run_of_a_sweep_prints_the_arrays_and_writes_nothing(cluster, command, tmp_path):
+    result = alignkit(*command("-m", "run_name=dry", "ppo.steps=1,2", "launcher.at_once=1", "dry_run=true"))
+    assert result.returncode == 0 and result.stdout.count("#SBATCH --array=0-1%1\n") == 2
+    assert result.stdout.count("#!/usr/bin/env bash") == 5
+    assert queued(cluster) == [] and not (tmp_path / "runs").exists()
+
+
+def test_where_one_job_is_refused_none_is_left(cluster, command):
+    result = alignkit(*command("run_name=none", "+launcher@ppo.launcher=slurm", "ppo.launcher.partition=none"))
+    assert result.returncode == 2 and "nvalid partition" in result.stderr
+    assert queued(cluster) == []
