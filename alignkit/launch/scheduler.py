@@ -75,6 +75,10 @@ def release(job: str) -> None:
 
 def cancel(ids: Sequence[str]) -> None:
     """Cancel jobs; those that have ended stay as they are."""
+    for task in (job for job in ids if "_" in job):
+        # A task that waits is part of its array until something is said of it alone. Cancelled before that, Slurm forgets
+        # it, and what comes after it waits for ever.
+        _lines("scontrol", "update", f"JobId={task}", "Comment=cancelled")
     if ids:
         _slurm("scancel", "--quiet", *ids)
 

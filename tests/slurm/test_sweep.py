@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,10 @@ def command(cluster, tiny, rows, tmp_path):
 
 
 def queued(cluster) -> list[str]:
-    """`stage` of each single job and `stage[tasks]` of each array that waits."""
-    names = cluster.ask("squeue", "--noheader", "--format=%K %j").splitlines()
-    found = [(tasks, name.rpartition("-")[2]) for tasks, name in (line.split(None, 1) for line in names)]
-    return sorted(stage if tasks == "N/A" else f"{stage}[{tasks}]" for tasks, stage in found)
+    """The stage of each job that waits; of an array, and how many tasks it has."""
+    tasks = [line.split() for line in cluster.ask("squeue", "--noheader", "--array", "--format=%F %j").splitlines()]
+    counts = Counter((job, name.rpartition("-")[2]) for job, name in tasks)
+    return sorted(stage if count == 1 else f"{stage} x{count}" for (_, stage), count in counts.items())
 
 
 def waits_for(cluster, task: str) -> list[str]:
@@ -52,11 +53,12 @@ def test_a_sweep_of_ppo_is_two_arrays_after_one_chain(cluster, command, tmp_path
     assert result.returncode == 0, result.stderr + result.stdout
     runs = sorted((tmp_path / "runs" / "sweep").iterdir())
     assert len(runs) == 4
-    assert queued(cluster) == ["evaluate[0-3%2]", "ppo[0-3%2]", "reward", "sample", "sft"]
+    assert queued(cluster) == ["evaluate x4", "ppo x4", "reward", "sample", "sft"]
     sft, sample, reward = (job(runs[0] / stage) for stage in SHARED)
     ppo, evaluate = (job(runs[0] / stage).partition("_")[0] for stage in ("ppo", "evaluate"))
     for number, run in enumerate(runs):
-        assert [job(run / stage) for stage in STAGES] == [sft, sample, reward, f"{ppo}_{number}", f"{evaluate}_{number}"]
+        own = [f"{ppo}_{number}", f"{evaluate}_{number}"]
+        assert [job(run / stage) for stage in STAGES] == [sft, sample, reward, *own]
         assert all((run / stage).is_symlink() == (number > 0) for stage in SHARED)
         assert [item.status for item in jobs.status(run)] == ["queued"] * 5
     assert "Dependency" not in cluster.show(sft) or cluster.show(sft)["Dependency"] == "(null)"
@@ -77,7 +79,7 @@ def test_where_more_stages_differ_each_waits_for_its_own(cluster, command, tmp_p
     """Two SFT settings, each with two of PPO: Slurm cannot pair two tasks with four, so PPO is an array for each."""
     result = alignkit(*command("-m", "run_name=two", "sft.seed=1,2", "ppo.steps=1,2"))
     assert result.returncode == 0, result.stderr + result.stdout
-    assert queued(cluster) == [f"{stage}[0-1]" for stage in sorted([*STAGES, "evaluate", "ppo"])]
+    assert queued(cluster) == sorted(f"{stage} x2" for stage in (*STAGES, "ppo", "evaluate"))
     for run in (tmp_path / "runs" / "two").iterdir():
         before = [job(run / stage) for stage in STAGES]
         for stage, earlier in zip(STAGES[1:], before, strict=False):
@@ -90,7 +92,7 @@ def test_where_more_stages_differ_each_waits_for_its_own(cluster, command, tmp_p
 def test_a_refused_run_is_left_out_and_a_second_sweep_links_to_the_first(cluster, command, tmp_path):
     result = alignkit(*command("-m", "run_name=a", "ppo.mini_batch_size=64,7,32"))
     assert result.returncode == 2 and "mini_batch_size=7" in result.stderr
-    assert queued(cluster) == ["evaluate[0-1]", "ppo[0-1]", "reward", "sample", "sft"]
+    assert queued(cluster) == ["evaluate x2", "ppo x2", "reward", "sample", "sft"]
     assert "2 of 3 jobs of the sweep are queued" in result.stdout
     again = alignkit(*command("-m", "run_name=b", "ppo.steps=3,4"))
     assert again.returncode == 0 and len(queued(cluster)) == 7
