@@ -51,6 +51,7 @@ class Queue:
         self.runs: dict[Path, Any] = {}  # {folder: config}
         self.tasks: list[Task] = []
         self.links: list[tuple[Path, Path]] = []  # (folder of a stage, the one that will hold it)
+        self.turns: set[str] = set()  # addresses that are held
         self.held = ExitStack()
 
     def __enter__(self) -> Queue:
@@ -107,8 +108,10 @@ class Queue:
             free = stage.reuse and not os.path.lexists(stage.run_dir)
             twin = others.get((stage.stage, plan)) if free else None
             if twin is None and not cfg.dry_run:
-                if free:
+                if free and plan not in self.turns:  # a run before this one may have it: it would wait for itself
                     held.enter_context(sharing.turn(Path(cfg.runs_dir), plan, stage.stage, stage.run_dir))
+                    self.turns.add(plan)
+                    held.callback(self.turns.discard, plan)
                 if is_kept(stage, sources, made):
                     continue
             made[str(stage.run_dir)], plans[str(stage.run_dir)] = stage.stage, plan
