@@ -104,7 +104,7 @@ def test_a_dry_run_of_a_sweep_prints_the_arrays_and_writes_nothing(cluster, comm
     result = alignkit(*command("-m", "run_name=dry", "ppo.steps=1,2", "launcher.at_once=1", "dry_run=true"))
     assert result.returncode == 0 and result.stdout.count("#SBATCH --array=0-1%1\n") == 2
     assert result.stdout.count("#!/usr/bin/env bash") == 5
-    assert queued(cluster) == [] and not (tmp_path / "runs").exists()
+    assert queued(cluster) == [] and not (tmp_path / "runs" / "dry").exists()
 
 
 def test_where_one_job_is_refused_none_is_left(cluster, command):
