@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,44 +64,38 @@ first run: alignkit pipeline +experiment=quickstart
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a run failed, 2 an input was refused, 75 stopped and saved, 130 interrupted."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `alignkit ppo --help | head` ends without a traceback
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(USAGE)
-        return None
+        return print(USAGE)
     if command in ("-V", "--version", "version"):
-        print(__version__)
-        return None
-    if command == "plan":
-        return _plan(sys.argv[2:])
-    if command == "check":
-        return _check(sys.argv[2:])
-    if command in (*TOOLS, "job"):  # `job`: what a batch script calls
-        return _tool(command, sys.argv[2:])
-    known = [*COMMANDS, *TOOLS, "check", "plan"]
-    if command not in COMMANDS:
-        import difflib
+        return print(__version__)
+    with _exit_codes():
+        if command == "plan":
+            return _plan(arguments)
+        if command == "check":
+            return _check(arguments)
+        if command in (*TOOLS, "job"):  # `job`: what a batch script calls
+            return _tool(command, arguments)
+        known = [*COMMANDS, *TOOLS, "check", "plan"]
+        if command not in COMMANDS:
+            import difflib
 
-        near = difflib.get_close_matches(command, known, 1)
-        _refuse(
-            f"no command {command!r}{f': did you mean {near[0]}?' if near else ''}; the commands are {', '.join(known)}"
-        )
-    _hydra(command, sys.argv[2:])
-    return None
+            near = difflib.get_close_matches(command, known, 1)
+            _refuse(
+                f"no command {command!r}{f': did you mean {near[0]}?' if near else ''}; the commands are {', '.join(known)}"
+            )
+        return _hydra(command, arguments)
 
 
-def _tool(command: str, arguments: list[str]) -> None:
-    """Run a command about runs that exist."""
-    from alignkit import compare, doctor, jobs, lineage, resume
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """What a refused input, a failed run and a stop from outside come to: a line and an exit code."""
     from alignkit.types import InputError, RunError
 
-    if {"-h", "--help"} & set(arguments) or not [a for a in arguments if not a.startswith("-")]:
-        more = sys.modules.get(f"alignkit.{command}", jobs).__doc__
-        return print(f"usage: alignkit {command} {TOOLS.get(command, '')}\n{more}")
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
     try:
-        own = {"compare": compare, "doctor": doctor, "lineage": lineage, "resume": resume}
-        own[command].main(arguments) if command in own else jobs.main(arguments, command)
+        yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -111,6 +106,17 @@ def _tool(command: str, arguments: list[str]) -> None:
         raise SystemExit(1) from None
 
 
+def _tool(command: str, arguments: list[str]) -> None:
+    """Run a command about runs that exist."""
+    from alignkit import compare, doctor, jobs, lineage, resume
+
+    if {"-h", "--help"} & set(arguments) or not [a for a in arguments if not a.startswith("-")]:
+        more = sys.modules.get(f"alignkit.{command}", jobs).__doc__
+        return print(f"usage: alignkit {command} {TOOLS.get(command, '')}\n{more}")
+    own = {"compare": compare, "doctor": doctor, "lineage": lineage, "resume": resume}
+    return own[command].main(arguments) if command in own else jobs.main(arguments, command)
+
+
 def _terminate(signum: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt  # so that the launcher ends the ranks it started
 
@@ -119,12 +125,8 @@ def _plan(arguments: list[str]) -> None:
     """`alignkit plan COMMAND …`: what the command would do, in numbers."""
     from alignkit import pipeline
     from alignkit.plan import text as plan
-    from alignkit.types import InputError
 
-    try:
-        options, rest = plan.options(arguments)
-    except InputError as error:
-        _refuse(str(error))
+    options, rest = plan.options(arguments)
     if not rest or rest[0] not in COMMANDS:
         _refuse(
             f"plan {' '.join(rest[:1]) or 'of what'}: give a command, as in `alignkit plan ppo …`: {', '.join(COMMANDS)}"
@@ -173,8 +175,6 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
             if sweeping:
                 print(f"alignkit: {error}", file=sys.stderr, flush=True)
 
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
     stopped: list[InputError | RunError | Saved] = []
     done: list[Path] = []
     sweeping = bool({"-m", "--multirun"} & set(arguments))
@@ -197,14 +197,8 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
         again = [*(a for a in arguments if not a.startswith("resume=")), "resume=true"]
         print(f"{saved}; go on with: alignkit {command} {shlex.join(again)}", file=sys.stderr)
         raise SystemExit(Saved.CODE) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except InputError as error:
-        _refuse(str(error))
-    except RunError as error:
-        print(f"alignkit: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except (InputError, RunError):
+        raise
     except Exception as error:  # Hydra refuses some command lines with a ValueError, a KeyError, …
         if show_traceback or (accepted and not isinstance(error, (HydraException, OmegaConfBaseException))):
             raise
@@ -214,7 +208,6 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
 def _check(arguments: list[str]) -> None:
     """`alignkit check NAME …`. Exit codes: 0 nothing is refused, 2 something is, 130 interrupted."""
     from alignkit import check_config, check_data, config
-    from alignkit.types import InputError
 
     mains = {"data": check_data.main, "config": lambda rest, _: check_config.main(rest, conf_dir())}
     name, *rest = arguments or ["--help"]
@@ -223,14 +216,7 @@ def _check(arguments: list[str]) -> None:
     if name not in CHECKS:
         _refuse(f"no check {name!r}: the checks are {', '.join(CHECKS)}")
     config.register()
-    try:
-        code = mains[name](rest, _compose)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except InputError as error:
-        _refuse(str(error))
-    if code:
+    if code := mains[name](rest, _compose):
         raise SystemExit(code)
 
 
