@@ -114,7 +114,7 @@ def _tool(command: str, arguments: list[str]) -> None:
         more = sys.modules.get(f"alignkit.{command}", jobs).__doc__
         return print(f"usage: alignkit {command} {TOOLS.get(command, '')}\n{more}")
     own = {"compare": compare, "doctor": doctor, "lineage": lineage, "resume": resume}
-    return own[command].main(arguments) if command in own else jobs.main(arguments, command)
+    own[command].main(arguments) if command in own else jobs.main(arguments, command)
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
