@@ -396,11 +396,14 @@ def _schema(cls: Any, raw: Any) -> DictConfig:
 
 
 def config_hash(config: Any) -> str:
-    """16 hex digits of what the stage computes from: not the names of folders, nor how it is shown, launched or saved."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), throw_on_missing=False)
+    """16 hex digits of what the stage computes from: not the names of folders, nor how it is shown, launched, checked or
+    saved."""
+    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config), throw_on_missing=False)
     elsewhere = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "launcher", "logger")
     for key in (*elsewhere, "save_steps", "keep_last", "keep_best", "max_seconds"):
         plain.pop(key, None)
+    for rows in (plain.get("data"), plain.get("eval_data"), plain.get("ptx", {}).get("data")):
+        (rows or {}).pop("lint", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -429,7 +429,8 @@ def test_the_config_hash_leaves_out_names_places_and_launch_but_nothing_that_is_
     plain = config.config_hash(typed("ppo"))
     names = ("run_name=other", "runs_dir=elsewhere", "launcher.num_ranks=2", "logger=none", "resume=true")
     saving = ("save_steps=5", "keep_last=3", "keep_best=objective/score", "max_seconds=9")
-    for same in names + saving:
+    checks = ("data.lint=off", "ptx.data.lint=strict")
+    for same in names + saving + checks:
         assert config.config_hash(typed("ppo", same)) == plain
     for other in ("seed=1", "data.limit=3", "algorithm.gamma=0.9", "rollout=hf", "model.dtype=bfloat16", "steps=3"):
         assert config.config_hash(typed("ppo", other)) != plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -60,19 +61,23 @@ def without_times(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "wall_time"))} for row in rows]
 
 
-@pytest.mark.slow
-def test_a_pipeline_is_a_chain_of_jobs_that_ends_with_its_report(cluster, work):
+def pipeline(work: Path, name: str, *more: str) -> list[str]:
+    """All stages, two steps of PPO."""
     rows = work / "rows.jsonl"
-    root = work / "runs" / "whole"
-    submitted(
-        "pipeline", f"runs_dir={work / 'runs'}", "run_name=whole", f"model.path={work / 'model'}", "finetune.last_layers=2",
+    return [
+        "pipeline", f"runs_dir={work / 'runs'}", f"run_name={name}", f"model.path={work / 'model'}", "finetune.last_layers=2",
         "rollout.max_new_tokens=10", "+reward@sample.rewards.gold=vader", "+reward@evaluate.rewards.gold=vader",
         "sample.finished_only=false", *(f"{stage}.data.path={rows}" for stage in ("sft", "sample", "ppo", "evaluate")),
         "sft.mini_batch_size=8", "sft.micro_batch_size=4", "sft.optimizer.learning_rate=1e-2", "sample.group_size=6",
         "reward.mini_batch_size=4", "reward.micro_batch_size=2", "reward.eval_fraction=0.3", "ppo.steps=2",
-        "ppo.rollout_batch_size=16", "ppo.mini_batch_size=8", "ppo.micro_batch_size=4", "ppo.group_size=2",
-        run_dir=root / "evaluate",
-    )  # fmt: skip
+        "ppo.rollout_batch_size=16", "ppo.mini_batch_size=8", "ppo.micro_batch_size=4", "ppo.group_size=2", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_a_chain_of_jobs_that_ends_with_its_report(cluster, work):
+    root = work / "runs" / "whole"
+    submitted(*pipeline(work, "whole"), run_dir=root / "evaluate")
     ids = [scheduler.read_record(root / stage) for stage in STAGES]
     assert [item.status for item in jobs.status(root)][1:] == ["queued"] * 4
     assert cluster.ended(ids[-1], timeout=600) == "COMPLETED", "".join(logs(root / stage) for stage in STAGES)
@@ -90,6 +95,33 @@ def test_a_pipeline_is_a_chain_of_jobs_that_ends_with_its_report(cluster, work):
     assert (root / "report.html").exists()
     again = alignkit("report", str(root))
     assert again.returncode == 0 and "done" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_as_arrays_trains_what_its_runs_share_once_and_its_table_has_four_rows(cluster, work):
+    result = alignkit(
+        *pipeline(work, "sweep", "-m", "ppo.algorithm.kl_coef=0.05,0.5", "ppo.optimizer.learning_rate=1e-4,1e-3"),
+        *LAUNCHER, "launcher.at_once=2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    runs = sorted(path for path in (work / "runs" / "sweep").iterdir() if path.is_dir())
+    ids = [[scheduler.read_record(run / stage) for stage in STAGES] for run in runs]
+    assert len(runs) == 4 and all(own[:3] == ids[0][:3] for own in ids)
+    arrays = {number.partition("_")[0] for own in ids for number in own[3:]}
+    assert len(arrays) == 2 and sorted(own[3].partition("_")[2] for own in ids) == ["0", "1", "2", "3"]
+    for own in ids:
+        assert cluster.ended(own[-1], timeout=900) == "COMPLETED", "".join(logs(runs[0] / stage) for stage in STAGES)
+    for stage in ("sft", "sample", "reward"):
+        assert sum(not (run / stage).is_symlink() for run in runs) == 1
+    for run in runs:
+        assert [item.status for item in jobs.status(run)] == ["done"] * 5 and (run / "report.html").exists()
+        assert len(metrics(run / "ppo")) == 2
+    scores = {json.dumps(metrics(run / "ppo")[-1]["policy/loss"]) for run in runs}
+    assert len(scores) == 4  # every task ran with its own settings
+    table = alignkit("compare", work / "runs" / "sweep")
+    assert (
+        table.returncode == 0 and len(re.findall(r"^ +[1-4] +0\.0?5 +(?:0\.0001|0\.001) ", table.stdout, re.M)) == 4
+    ), table.stdout
 
 
 def test_a_stage_that_fails_cancels_the_later_ones_and_says_why(cluster, work):
