@@ -94,9 +94,7 @@ def check_fits(rows: Rows, limit: int, name: str, folder: Path, chat_template: s
                 f"{folder}: the tokenizer has no chat template, so messages cannot be encoded: set model.chat_template, or "
                 "give plain text prompts"
             )
-        fields = (
-            () if name == "max_prompt_length" else ("completion", "chosen", "rejected")
-        )  # a prompt row may hold them too
+        fields = () if name == "max_prompt_length" else ("completion", "chosen", "rejected")
         answers = [row[field] for field in fields if field in row]
         count = [
             len(tokenizer.encode(text, add_special_tokens=False))

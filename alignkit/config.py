@@ -94,9 +94,7 @@ _NAME_LETTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 class Resumable(Stage):
     """What a stage with checkpoints is told beside."""
 
-    save_steps: int = num(
-        0, ge=0
-    )  # a checkpoint every so many steps; 0: only where a signal or a deadline stops the run
+    save_steps: int = num(0, ge=0)  # steps from checkpoint to checkpoint; 0: one where a signal or a deadline stops it
     keep_last: int = num(2, ge=1)  # checkpoints kept
     keep_best: str | None = None  # beside them the best by this metric, as objective/score ("-<metric>": the lowest)
     max_seconds: float = num(0, ge=0)  # save and stop with exit code 75 before so many seconds have passed; 0: no limit

@@ -142,9 +142,8 @@ def show_logs(run: Path, *flags: str) -> None:
     logs = [path for folder in stage_folders(run) for path in (folder / "logs").glob("*.log")]
     if not logs:
         raise InputError(f"{run}: no log yet; alignkit status {run} says what it waits for")
-    newest = max(
-        logs, key=lambda path: (path.stat().st_size > 0, path.stat().st_mtime)
-    )  # tasks of an array open one in vain
+    # A task of an array opens a log of Slurm's that stays empty.
+    newest = max(logs, key=lambda path: (path.stat().st_size > 0, path.stat().st_mtime))
     print(f"==> {newest}", flush=True)
     os.execvp("tail", ["tail", *(["-F"] if "-f" in flags else []), *(f for f in flags if f != "-f"), "--", str(newest)])
 

@@ -125,7 +125,10 @@ def differences(manifest: dict[str, Any]) -> str:
 def turn(
     runs_dir: Path, wanted: str, stage: str, run_dir: Path, doing: str = "which makes the same stage"
 ) -> Iterator[None]:
-    """Hold the address while the stage is looked for and made; another process that holds it is waited for, and named."""
+    """Hold the address while the stage is looked for and made; another process that holds it is waited for, and named.
+
+    `doing`: what the other one does, as it is said to the user.
+    """
     folder = runs_dir / ".addresses"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / wanted).open("a+") as file:
@@ -133,10 +136,7 @@ def turn(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            print(
-                f"{stage:<9} waits for {file.read().strip() or 'another process'}, {doing}",
-                flush=True,
-            )
+            print(f"{stage:<9} waits for {file.read().strip() or 'another process'}, {doing}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when that process ends, however it ends
         file.truncate(0)
         file.write(f"{run_dir} (process {os.getpid()})")

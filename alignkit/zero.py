@@ -23,11 +23,9 @@ class ZeRO:
     allgather_bucket_size: int = num(50_000_000, ge=1)  # updated parameters gathered together (stages 1 and 2)
     prefetch_bucket_size: int = num(
         0, ge=0
-    )  # parameters gathered ahead, in SFT and reward; in PPO, where roles take turns, none
+    )  # parameters gathered ahead (stage 3); in PPO, where roles take turns, none
     max_live_parameters: int = num(1_000_000_000, ge=1)  # gathered at once (stage 3)
-    persistence_threshold: int = num(
-        0, ge=0
-    )  # parameters of at most so many elements stay whole on every rank (stage 3)
+    persistence_threshold: int = num(0, ge=0)  # elements; a smaller parameter stays whole on every rank (stage 3)
 
     def check(self, dtype: str) -> None:
         """Raise InputError for combinations without a meaning, or with a trap."""

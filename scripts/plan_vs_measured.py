@@ -100,9 +100,7 @@ def compare(
         f"model.dtype={dtype}", f"launcher.num_ranks={ranks}", f"data.path={inputs['pairs' if stage == 'reward' else 'rows']}",
         *SETTINGS[stage],
     ]  # fmt: skip
-    if (
-        stage == "ppo"
-    ):  # against the reward model of one rank in float32, made here where the case is not among the chosen
+    if stage == "ppo":  # its reward model is that of one rank in float32, made here where that case was not chosen
         reward = folder / "runs" / f"{model}-{finetune}-float32-1" / "reward"
         if not done(reward):
             compare(folder, inputs, "reward", model, finetune, "float32", 1)

@@ -609,9 +609,8 @@ def plant_all(faults: list[tuple[int, Fault]], folder: Path) -> list[str]:
         raise Outdated("alignkit is loaded already: a child would not see the fault")
     quicker = importlib.import_module("hypothesis").settings
     phases = [phase for phase in importlib.import_module("hypothesis").Phase if phase.name in ("explicit", "generate")]
-    quicker.register_profile(
-        "faults", phases=phases, derandomize=True, database=None
-    )  # no search for the smallest case
+    # Without `shrink`: no search for the smallest case.
+    quicker.register_profile("faults", phases=phases, derandomize=True, database=None)
     quicker.load_profile("faults")
     gc.freeze()  # pytest collects garbage at its end: not that of a whole torch, in every child
 

@@ -53,9 +53,7 @@ class Slurm:
     container_mounts: list[str] = field(default_factory=list)  # as /data:/data
     server_nodes: int = num(0, ge=0)  # further nodes for the servers of rollout=server: a heterogeneous job
     server_gpus_per_node: int | None = num(None, ge=1)
-    after: list[str] = field(
-        default_factory=list
-    )  # ids of jobs that must end well first; an array's task as '12_3', quoted
+    after: list[str] = field(default_factory=list)  # ids of jobs that must end well first; an array's task as '12_3'
     at_once: int | None = num(None, ge=1)  # tasks of a sweep's array that run at a time; None: all
     site: str | None = None  # YAML file of these keys, or the name of one in slurm/sites; it fills what is not set here
 

@@ -24,9 +24,7 @@ class RewardModel:
     path: str = MISSING  # a finished reward run: runs/<name>/reward
     weight: float = 1.0  # in the sum of rewards
     micro_batch_size: int = num(16, ge=1)  # sequences of one forward, outside PPO
-    min_accuracy: float = num(
-        0.5, ge=0, le=1
-    )  # PPO refuses a model surely (95 %) below this on held-out pairs; 0: takes any
+    min_accuracy: float = num(0.5, ge=0, le=1)  # on held-out pairs; PPO refuses what is surely (95 %) below; 0: none
 
     def check_accuracy(self, metrics: dict[str, Any], key: str) -> None:
         """Refuse a reward run by the `metrics` of its manifest; `key` is where the config names it.
