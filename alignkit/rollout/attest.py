@@ -1,4 +1,4 @@
-"""Proof, after every sync, that the engine answers with the trainer's weights: a canary batch, sampled and scored again."""
+"""Proof, after every sync, that the engine answers with the trainer's weights: a canary, sampled and scored again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignkit import batches, tokens
 from alignkit.rollout.base import Sampling
 from alignkit.types import PromptBatch, Rollouts, RunError
 
-TOKENS = 4  # sampled for each canary prompt
+TOKENS = 4  # sampled for the canary
 # How far the engine's log-probs may be from the trainer's, in nats: (largest, mean); None: not bounded.
 BOUNDS: dict[str, tuple[float | None, float]] = {"float32": (1e-3, 1e-3), "bfloat16": (None, 0.15)}
 # The trainer moved if its log-probs of the last canary did so by more than this.
@@ -22,7 +22,7 @@ MOVED = {"float32": 1e-5, "bfloat16": 3e-2}
 
 @dataclass
 class Canary:
-    """A fixed batch of prompts and what the engine and the trainer last said about it."""
+    """A fixed prompt and what the engine and the trainer last said about it."""
 
     prompts: PromptBatch
     dtype: str
@@ -33,10 +33,9 @@ class Canary:
 
     @classmethod
     def of(cls, cfg: Any, prompts: list[dict], tokenizer: Any) -> Canary:
-        """The stage's first prompt, and one of up to 132 tokens: a block of a CPU engine's prefix cache has 128."""
+        """The stage's first prompts in a row, up to 132 tokens: a block of a CPU engine's prefix cache has 128."""
         ids = [token for prompt in prompts[:64] for token in prompt["ids"]][: min(cfg.max_prompt_length, 132)]
-        rows = [prompts[0], prompts[0] | {"ids": ids, "index": -1}]
-        batch = tokens.collate_prompts(rows, tokenizer.pad_token_id)
+        batch = tokens.collate_prompts([prompts[0] | {"ids": ids, "index": -1}], tokenizer.pad_token_id)
         return cls(batch, cfg.model.dtype, cfg.rollout.temperature, cfg.seed)
 
     @torch.no_grad()

@@ -100,7 +100,7 @@ def test_a_pipeline_is_a_chain_of_jobs_that_ends_with_its_report(cluster, work):
 @pytest.mark.slow
 def test_a_sweep_as_arrays_trains_what_its_runs_share_once_and_its_table_has_four_rows(cluster, work):
     result = alignkit(
-        *pipeline(work, "sweep", "-m", "ppo.algorithm.kl_coef=0.05,0.5", "ppo.optimizer.learning_rate=1e-4,1e-3"),
+        *pipeline(work, "sweep", "seed=1", "-m", "ppo.algorithm.kl_coef=0.05,0.5", "ppo.optimizer.learning_rate=1e-4,1e-3"),
         *LAUNCHER, "launcher.at_once=2",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -67,6 +67,7 @@ def test_healthy_runs_agree_with_the_trainer_after_every_sync(name, drills):
     rows = metrics(folder / name / "ppo")
     assert len(rows) == HEALTHY[name]
     for row in rows:
-        assert 0 < row["rollout/canary_gap_max"] < 1e-4
+        assert row["rollout/canary_gap_max"] < 1e-4
         assert row["rollout/logprob_gap_max"] < 1e-4
+    assert any(row["rollout/canary_gap_max"] > 0 for row in rows)  # two engines: their roundings differ
     assert not list((folder / name / "ppo").glob("sync-*"))  # nothing of the adapters' way is left
