@@ -110,6 +110,7 @@ def test_sample_and_evaluate_send_adapters_too(tiny, rows, adapter, tmp_path, en
         done = alignkit(name, *common, *own)
         assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "served/evaluate/results.json").read_text())["policies"]
-    assert results["base"]["kl"] == 0 and results["one"]["kl"] > 1  # the adapter is far from the base
+    # The adapter is far from the base: a hundred times further than the canary lets an engine be from the trainer.
+    assert results["base"]["kl"] == 0 and results["one"]["kl"] > 0.1
     assert results["one"] == results["two"]
     assert (tmp_path / "served/sample/pairs.jsonl").read_text().count("\n") > 0
