@@ -30,10 +30,10 @@ TILE = (4096, 8192)  # tokens x vocabulary of TRL's fused head
 # Host memory of a process that has imported what its stage imports and joined its peers; measured of SFT: 415 MiB of
 # its own and 195 MiB of mapped libraries. vLLM's modules add 160 MiB.
 LIBRARIES = {"sft": 610 * MIB, "reward": 610 * MIB, "ppo": 770 * MIB, "sample": 770 * MIB, "evaluate": 770 * MIB}
-# What glibc's allocator holds per byte that is alive, where blocks of many sizes come and go: measured on the forward of
-# eight blocks of SmolLM2-135M's width (526 MiB for 284 MiB with adapters, 382 for 315 without; 1.05 with
-# MALLOC_MMAP_THRESHOLD_=1048576, which returns every large block).
-HEAP = {"lora": 1.85, "full": 1.2}
+# What glibc's allocator holds per byte of a graph that is alive, where blocks of many sizes come and go: {(kind, bytes of a
+# number)}, measured on SFT of SmolLM2-135M, on one and two ranks (between 2.3 and 2.4, 2.5 and 2.9, 1.4, 2.3 and 2.4).
+# MALLOC_MMAP_THRESHOLD_=1048576 returns every large block, at one and a half times the time of a float32 step.
+HEAP = {("lora", 4): 2.35, ("lora", 2): 2.65, ("full", 4): 1.4, ("full", 2): 2.35}
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def predict(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
     phases = _phases(cfg, shape, device, prompt, length, adapter)
     for phase in phases if not device.gpu else ():
         kind = "full" if cfg.stage in ("sample", "evaluate") or cfg.finetune.name == "full" else "lora"
-        phase.parts |= {"heap": (HEAP[kind] - 1) * phase.parts.get("activations", 0)}
+        phase.parts |= {"heap": (HEAP[kind, number_bytes(cfg)] - 1) * phase.parts.get("activations", 0)}
     return phases
 
 
@@ -192,7 +192,7 @@ def _phases(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
     mapped = 0 if device.gpu or shape.stored == b else shape.parameters * shape.stored
     phases = [Phase("load", base | {"file": mapped})] if mapped else []
     if cfg.stage in ("sft", "reward"):
-        return [*phases, Phase("train", base | _trl(cfg, shape, held, length))]
+        return [*phases, *(Phase(name, base | parts) for name, parts in _trl(cfg, shape, held, length).items())]
     engine = rollout(cfg, shape, device, length)
     slots = length - prompt
     if cfg.rollout.name == "vllm" and not device.gpu:
@@ -240,8 +240,8 @@ def _phases(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
     return phases
 
 
-def _trl(cfg: Any, shape: Shape, held: Roles, length: int) -> dict[str, float]:
-    """What the two TRL stages hold beside the weights."""
+def _trl(cfg: Any, shape: Shape, held: Roles, length: int) -> dict[str, dict[str, float]]:
+    """{phase: what the two TRL stages hold beside the weights}; the graph is gone before the optimizer steps."""
     b, ranks, (n,) = number_bytes(cfg), cfg.launcher.num_ranks, held.trained.values()
     lora = cfg.finetune.name != "full"
     layers = (cfg.finetune.last_layers or shape.layers) if lora else shape.layers
@@ -249,10 +249,15 @@ def _trl(cfg: Any, shape: Shape, held: Roles, length: int) -> dict[str, float]:
     state = training(n, b, cfg.deepspeed.stage, ranks, shape.embedding)
     graph = activations(shape, rows, length, b, layers, cfg.finetune.rank if lora else None, cfg.gradient_checkpointing)
     logits = fused_head(shape, rows * length, not lora) if cfg.stage == "sft" else 0
-    peak = {"activations": graph, "logits": logits}
-    if state["step"] > graph + logits:  # the graph is gone before the optimizer steps
-        peak = {"optimizer": state["optimizer"] + state["step"]}
-    return {"gradients": state["gradients"], "optimizer": state["optimizer"]} | peak
+    return {
+        "train": {
+            "gradients": state["gradients"],
+            "optimizer": state["optimizer"],
+            "activations": graph,
+            "logits": logits,
+        },
+        "step": {"gradients": state["gradients"], "optimizer": state["optimizer"] + state["step"]},
+    }
 
 
 def rollout(cfg: Any, shape: Shape, device: Device, length: int) -> dict[str, float]:
