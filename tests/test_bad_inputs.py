@@ -80,6 +80,9 @@ CONFIGS = {
     "a runs_dir that is a file": (
         nothing, command("sft", "runs_dir=answers.jsonl"), ["answers.jsonl/new/sft", "cannot be written", "runs_dir="]
     ),
+    "a runs_dir that is read-only, for root too": (
+        nothing, command("sft", "runs_dir=/sys/runs"), ["/sys/runs/new/sft", "cannot be written", "runs_dir="]
+    ),
     "no config folder": (nothing, command("sft", "--config-dir", "nope"), ["nope"]),
     "an empty model.path": (nothing, command("sft", "model.path="), ["model.path=''", "hub id"]),
     "an empty data.path": (nothing, command("sft", "data.path="), ["data.path is not set", "give a file"]),
