@@ -21,6 +21,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from alignkit import config
@@ -34,6 +36,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 STAGES, MODELS, FINETUNE, DTYPES, RANKS = (
     ("sft", "reward", "ppo"), ("tiny", "smollm2"), ("lora", "full"), ("float32", "bfloat16"), (1, 2),
 )  # fmt: skip
+PROMPT, ANSWER = 72, 40  # tokens of every row, the end among them: the longest row, which the plan reckons with, is met
 SETTINGS = {
     "sft": ["max_length=112", "mini_batch_size=16", "micro_batch_size=8", "max_steps=3", "eval_fraction=0.1"],
     "reward": ["max_length=112", "mini_batch_size=8", "micro_batch_size=4", "max_steps=3", "eval_fraction=0.1"],
@@ -68,26 +71,42 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Models and rows: {"tiny" | "smollm2": model path, "rows" | "pairs": file}."""
+    """Models, and rows for the tokenizer of each: {"tiny" | "smollm2": model path, "<model>-rows" | "<model>-pairs": file}."""
     from tiny import tiny_model
 
-    from alignkit import data
+    from alignkit import artifacts, data, tokens
 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tiny" / "config.json").is_file():
         tiny_model(folder / "tiny", hidden=64, layers=4)
-    rows = data.Data(path="demo:chitchat/train", limit=96).rows("sft")
-    pairs = [
-        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]}
-        for row, other in itertools.pairwise(rows)
-        if row["completion"] != other["completion"]
-    ]
-    for name, lines in (("rows", rows), ("pairs", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {
-        "tiny": str(folder / "tiny"), "smollm2": "demo:smollm2-135m-instruct", "rows": str(folder / "rows.jsonl"),
-        "pairs": str(folder / "pairs.jsonl"),
-    }  # fmt: skip
+    inputs = {"tiny": str(folder / "tiny"), "smollm2": "demo:smollm2-135m-instruct"}
+    texts = data.Data(path="demo:chitchat/train", limit=96).rows("sft")
+    for model in MODELS:
+        tokenizer = tokens.load_tokenizer(artifacts.resolve_model(inputs[model]).tokenizer)
+        prompt, answer = (partial(encode, tokenizer) for encode in (tokens.encode_prompt, tokens.encode_response))
+        made = [
+            (lengthened(row["prompt"][-1]["content"], PROMPT, prompt), lengthened(row["completion"], ANSWER, answer))
+            for row in texts
+        ]
+        rows = [{"prompt": before, "completion": after} for before, after in made if before and after]
+        pairs = [
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]}
+            for row, other in itertools.pairwise(rows)
+            if row["completion"] != other["completion"]
+        ]
+        print(f"{model}: {len(rows)} rows and {len(pairs)} pairs of {PROMPT} + {ANSWER} tokens", flush=True)
+        for name, lines in (("rows", rows), ("pairs", pairs)):
+            inputs[f"{model}-{name}"] = str(folder / f"{model}-{name}.jsonl")
+            Path(inputs[f"{model}-{name}"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return inputs
+
+
+def lengthened(text: str, length: int, encode: Callable[[str], list[int]]) -> str | None:
+    """The first words of a text and more of them, until it has `length` tokens; None where no number of words does."""
+    words = text.split()[:5]
+    while words and len(encode(" ".join(words))) < length:
+        words.append(("day", "good", "sad", "love")[len(words) % 4])
+    return " ".join(words) if len(encode(" ".join(words))) == length else None
 
 
 def compare(
@@ -97,7 +116,7 @@ def compare(
     name = f"{model}-{finetune}-{dtype}-{ranks}"
     overrides = [
         f"runs_dir={folder / 'runs'}", f"run_name={name}", f"model.path={inputs[model]}", f"finetune={finetune}", "logger=none",
-        f"model.dtype={dtype}", f"launcher.num_ranks={ranks}", f"data.path={inputs['pairs' if stage == 'reward' else 'rows']}",
+        f"model.dtype={dtype}", f"launcher.num_ranks={ranks}", f"data.path={inputs[model + ('-pairs' if stage == 'reward' else '-rows')]}",
         *SETTINGS[stage],
     ]  # fmt: skip
     if stage == "ppo":  # its reward model is that of one rank in float32, made here where that case was not chosen
