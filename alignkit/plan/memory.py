@@ -30,6 +30,8 @@ TILE = (4096, 8192)  # tokens x vocabulary of TRL's fused head
 # Host memory of a process that has imported what its stage imports and joined its peers; measured of SFT: 415 MiB of
 # its own and 195 MiB of mapped libraries. vLLM's modules add 160 MiB.
 LIBRARIES = {"sft": 610 * MIB, "reward": 610 * MIB, "ppo": 770 * MIB, "sample": 770 * MIB, "evaluate": 770 * MIB}
+# A CPU's bfloat16 products are compiled for every shape they meet, and kept: between 40 and 190 MiB in short runs.
+KERNELS = 120 * MIB
 # What glibc's allocator holds per byte of a graph that is alive, where blocks of many sizes come and go: {(kind, bytes of a
 # number)}, measured on SFT of SmolLM2-135M, on one and two ranks (between 2.3 and 2.4, 2.5 and 2.9, 1.4, 2.3 and 2.4).
 # MALLOC_MMAP_THRESHOLD_=1048576 returns every large block, at one and a half times the time of a float32 step.
@@ -180,7 +182,8 @@ def predict(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
 def _phases(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, adapter: bool) -> list[Phase]:
     """`predict` without what the allocator adds."""
     held = roles(cfg, shape, adapter)
-    b, libraries = number_bytes(cfg), 0 if device.gpu else LIBRARIES[cfg.stage]
+    b = number_bytes(cfg)
+    libraries = 0 if device.gpu else LIBRARIES[cfg.stage] + (KERNELS if b == 2 else 0)
     size = 0
     if held.adapters:
         size = shape.adapter(cfg.finetune.rank, cfg.finetune.target_modules, cfg.finetune.last_layers)
