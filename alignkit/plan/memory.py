@@ -10,7 +10,7 @@
     heap         what the allocator does not give back to the next block; host memory only
     engine       vLLM's own copy of the weights
     kv_cache     keys and values of the answers that are being sampled
-    libraries    a process with torch, DeepSpeed and the rest that has not loaded a model yet; host memory only
+    libraries    a process with torch, DeepSpeed and the rest before it loads a model, and a CPU's bfloat16 kernels; host memory only
 
 The formulas follow the code they speak of (torch's eager mode, transformers' Llama, DeepSpeed's ZeRO, TRL's fused head,
 vLLM); `scripts/plan_vs_measured.py` compares them with real runs.

@@ -111,3 +111,9 @@ def test_where_one_job_is_refused_none_is_left(cluster, command):
     result = alignkit(*command("run_name=none", "+launcher@ppo.launcher=slurm", "ppo.launcher.partition=none"))
     assert result.returncode == 2 and "nvalid partition" in result.stderr
     assert queued(cluster) == []
+
+
+def test_after_a_job_that_slurm_does_not_know_nothing_is_queued(cluster, command, tmp_path):
+    result = alignkit(*command("run_name=late", "launcher.after=[987654]"))
+    assert result.returncode == 2 and "knows no such job" in result.stderr
+    assert queued(cluster) == [] and not (tmp_path / "runs" / "late" / "sft").exists()
