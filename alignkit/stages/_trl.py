@@ -95,7 +95,9 @@ def train(trainer: Any, cfg: TrainStage, world: World, log: RunLog) -> dict[str,
         partial.mkdir(parents=True)
     world.barrier()
     trainer.train(resume_from_checkpoint=str(found) if found else None)
-    shutil.rmtree(partial, ignore_errors=True)
+    world.barrier()  # the Trainer ends with a look into its folder, on every rank
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
     state = trainer.state
     if state.global_step < state.max_steps:
         raise Saved(state.global_step, state.max_steps, str(stop.reason))

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -225,4 +226,20 @@ def rollout_gap() -> Iterator[None]:
         context.roles = copy.deepcopy(context.roles)
 
     with patch.object(HFSampler, "__init__", keep), patch.object(attest.Canary, "check", lambda *_: {}):
+        yield
+
+
+@contextmanager
+def slow_rank() -> Iterator[None]:
+    """The first rank comes a second late to what transformers' Trainer does last: it looks for checkpoints."""
+    import transformers.trainer as hf
+
+    look = hf.sort_checkpoints
+
+    def late(*args, **options):
+        time.sleep(float(os.environ["RANK"] == "0"))
+        assert os.path.isdir(options["output_dir"]), "another rank has removed the folder"
+        return look(*args, **options)
+
+    with patch.object(hf, "sort_checkpoints", late):
         yield

@@ -142,3 +142,10 @@ def test_qlora_the_engine_answers_with_the_trainers_4_bit_weights(quantised):
     """The engine got them written out with the adapter folded in; the unquantised base is 100 times further away."""
     steps = metrics(quantised / "ppo-qlora-zero2" / "ppo")
     assert all(row["rollout/canary_gap_max"] <= 1e-5 for row in steps)
+
+
+def test_a_rank_that_ends_its_training_late_finds_its_folder(tiny, rows, tmp_path):
+    """The folder that the Trainer saves into goes when every rank is done with it, not when the first is."""
+    late = job("sft", "lora", "zero0", tiny, {"sft": rows}, tmp_path)
+    assert run_many({"slow_rank": late}, tmp_path, ranks=2) == {"slow_rank": None}
+    assert not (tmp_path / "sft-lora-zero0" / "sft" / "checkpoints" / "partial").exists()
