@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignkit.launch import ALLOCATOR
 from alignkit.log import PROGRESS
 from alignkit.progress import follow
 from alignkit.ranges import num
@@ -45,7 +46,11 @@ class Local:
         # DeepSpeed builds its shared-memory collectives with the ninja beside this Python.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         threads = str(self.threads or max(1, cores // self.num_ranks))
-        return {"PATH": path, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        tunables = ":".join(filter(None, (ALLOCATOR, os.environ.get("GLIBC_TUNABLES"))))
+        return {
+            "PATH": path, "OMP_NUM_THREADS": threads, "GLIBC_TUNABLES": tunables, "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
 
     def run(self, stage: str, run_dir: Path, label: str) -> dict | None:
         """Start the ranks, show their progress, wait. Returns the last error event, or None.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from alignkit.launch import ALLOCATOR
 from alignkit.ranges import check_numbers, num
 from alignkit.types import InputError
 
@@ -163,6 +164,7 @@ def render(
         "ranks": str(launcher.num_ranks),
         "ranks_per_node": str(launcher.ranks_per_node),
         "threads": str(launcher.threads or "${SLURM_CPUS_PER_TASK:-${OMP_NUM_THREADS:-1}}"),
+        "allocator": ALLOCATOR,
         "setup": "\n".join([*launcher.setup, *exports]) or ":",
         "step": shlex.join((["--het-group=0"] if apart else []) + container_flags(launcher, cwd)),
         "inside": shlex.join(container_prefix(launcher, cwd)),
