@@ -7,7 +7,7 @@
     activations  what a training forward keeps for its backward
     logits       and their gradient
     file         a checkpoint that is mapped into memory while it is read; host memory only
-    heap         what the allocator does not give back to the next block; host memory only
+    heap         what the allocator holds beside the blocks in use; host memory only
     engine       vLLM's own copy of the weights
     kv_cache     keys and values of the answers that are being sampled
     libraries    a process with torch, DeepSpeed and the rest before it loads a model, and a CPU's bfloat16 kernels; host memory only
@@ -26,16 +26,15 @@ from alignkit.plan.shape import Shape
 MIB, GIB = 2**20, 2**30
 REDUCE_BUCKET = int(5e7)  # elements, see `engine._ZeRO.config`
 LOSS_CHUNK = 2**24  # elements, see `algorithms.functional.CHUNK_ELEMENTS`
-TILE = (4096, 8192)  # tokens x vocabulary of TRL's fused head
+TILE = (4096, 32768)  # tokens x vocabulary of TRL's fused head
 # Host memory of a process that has imported what its stage imports and joined its peers; measured of SFT: 415 MiB of
 # its own and 195 MiB of mapped libraries. vLLM's modules add 160 MiB.
 LIBRARIES = {"sft": 610 * MIB, "reward": 610 * MIB, "ppo": 770 * MIB, "sample": 770 * MIB, "evaluate": 770 * MIB}
 # A CPU's bfloat16 products are compiled for every shape they meet, and kept: between 40 and 190 MiB in short runs.
 KERNELS = 120 * MIB
-# What glibc's allocator holds per byte of a graph that is alive, where blocks of many sizes come and go: {(kind, bytes of a
-# number)}, measured on SFT of SmolLM2-135M, on one and two ranks (between 2.3 and 2.4, 2.5 and 2.9, 1.4, 2.3 and 2.4).
-# MALLOC_MMAP_THRESHOLD_=1048576 returns every large block, at one and a half times the time of a float32 step.
-HEAP = {("lora", 4): 2.35, ("lora", 2): 2.65, ("full", 4): 1.4, ("full", 2): 2.35}
+# Bytes of heap a byte of a graph takes, with `launch.ALLOCATOR`: blocks of a graph leave gaps between them, more where graphs
+# of two roles and of many lengths come and go. Measured on SmolLM2-135M: 1.0 to 1.3, and 1.4 to 2.2.
+HEAP = {"sft": 1.2, "reward": 1.2, "ppo": 1.7}
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,14 @@ def policy_logits(shape: Shape, rows: int, slots: int, b: int, gradient: bool) -
     return numbers * b * (2 if gradient else 1) + 3 * 4 * min(numbers, LOSS_CHUNK)
 
 
-def fused_head(shape: Shape, tokens: int, full: bool) -> float:
-    """TRL's fused head: a tile of logits, its float32 temporaries, and the float32 gradient of the head where it trains."""
+def fused_head(shape: Shape, tokens: int, b: int, full: bool, gpu: bool) -> float:
+    """TRL's fused head: a tile of logits, and the gradient of the head where it trains, summed in float32.
+
+    Without Triton the tile's backward has seven float32 tensors of its size at once, and which logit is the target's.
+    """
     tile = min(tokens, TILE[0]) * min(shape.vocab, TILE[1])
-    return 5 * 4 * tile + (4 * shape.embedding if full else 0)
+    head = shape.embedding * (4 + (b if b < 4 else 0)) if full else 0
+    return tile * (b if gpu else b + 7 * 4 + 1) + head
 
 
 def predict(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, adapter: bool = False) -> list[Phase]:
@@ -173,9 +176,12 @@ def predict(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
         adapter: the stage starts from an adapter.
     """
     phases = _phases(cfg, shape, device, prompt, length, adapter)
-    for phase in phases if not device.gpu else ():
-        kind = "full" if cfg.stage in ("sample", "evaluate") or cfg.finetune.name == "full" else "lora"
-        phase.parts |= {"heap": (HEAP[kind, number_bytes(cfg)] - 1) * phase.parts.get("activations", 0)}
+    graph = max(phase.parts.get("activations", 0) for phase in phases)
+    for phase in phases if cfg.stage in HEAP and not device.gpu else ():
+        if phase.name == "step":  # a step's tensors are large, and mapped beside the heap that the graph has left
+            phase.parts["heap"] = HEAP[cfg.stage] * graph
+        else:
+            phase.parts["heap"] = (HEAP[cfg.stage] - 1) * phase.parts.get("activations", 0)
     return phases
 
 
@@ -195,7 +201,10 @@ def _phases(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
     mapped = 0 if device.gpu or shape.stored == b else shape.parameters * shape.stored
     phases = [Phase("load", base | {"file": mapped})] if mapped else []
     if cfg.stage in ("sft", "reward"):
-        return [*phases, *(Phase(name, base | parts) for name, parts in _trl(cfg, shape, held, length).items())]
+        return [
+            *phases,
+            *(Phase(name, base | parts) for name, parts in _trl(cfg, shape, held, length, device.gpu).items()),
+        ]
     engine = rollout(cfg, shape, device, length)
     slots = length - prompt
     if cfg.rollout.name == "vllm" and not device.gpu:
@@ -243,7 +252,7 @@ def _phases(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
     return phases
 
 
-def _trl(cfg: Any, shape: Shape, held: Roles, length: int) -> dict[str, dict[str, float]]:
+def _trl(cfg: Any, shape: Shape, held: Roles, length: int, gpu: bool) -> dict[str, dict[str, float]]:
     """{phase: what the two TRL stages hold beside the weights}; the graph is gone before the optimizer steps."""
     b, ranks, (n,) = number_bytes(cfg), cfg.launcher.num_ranks, held.trained.values()
     lora = cfg.finetune.name != "full"
@@ -251,7 +260,7 @@ def _trl(cfg: Any, shape: Shape, held: Roles, length: int) -> dict[str, dict[str
     rows = cfg.micro_batch_size * (2 if cfg.stage == "reward" else 1)
     state = training(n, b, cfg.deepspeed.stage, ranks, shape.embedding)
     graph = activations(shape, rows, length, b, layers, cfg.finetune.rank if lora else None, cfg.gradient_checkpointing)
-    logits = fused_head(shape, rows * length, not lora) if cfg.stage == "sft" else 0
+    logits = fused_head(shape, rows * length, b, not lora, gpu) if cfg.stage == "sft" else 0
     return {
         "train": {
             "gradients": state["gradients"],
