@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -133,6 +134,27 @@ def test_a_block_keeps_the_bytes_that_autograd_saves(dtype, rank):
         del out
     shape = Shape.read(model.config.to_dict(), "config.json")
     assert (found[1] - found[0]) / 48 == memory.block_activations(shape, 24, 4 if dtype == "float32" else 2, rank)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_fused_head_holds_the_bytes_that_torch_allocates(dtype):
+    """Allocations and frees of TRL's backward, added up in their order; the frozen head is as wide as a tile."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from trl.trainer import utils
+
+    tokens, width = 64, memory.TILE[1]
+    hidden = torch.zeros(tokens, 16, dtype=getattr(torch, dtype), requires_grad=True)
+    weight, targets = torch.zeros(width, 16, dtype=hidden.dtype), torch.zeros(tokens, dtype=torch.long)
+    chunk = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    logprobs = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk)[0]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        logprobs.sum().backward()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    shape = Shape.read(tiny_llama(1).config.to_dict() | {"vocab_size": width}, "config.json")
+    expected = memory.fused_head(shape, tokens, hidden.element_size(), full=False, gpu=False)
+    assert peak == pytest.approx(expected, rel=0.01)
 
 
 def test_flops_of_full_training_are_six_a_weight_and_token():

@@ -161,10 +161,11 @@ def fused_head(shape: Shape, tokens: int, b: int, full: bool, gpu: bool) -> floa
     """TRL's fused head: a tile of logits, and the gradient of the head where it trains, summed in float32.
 
     Without Triton the tile's backward has seven float32 tensors of its size at once, and which logit is the target's.
+    The tile itself is as wide as it can be for any vocabulary; what is not written to takes no host memory.
     """
-    tile = min(tokens, TILE[0]) * min(shape.vocab, TILE[1])
+    rows, width = min(tokens, TILE[0]), min(shape.vocab, TILE[1])
     head = shape.embedding * (4 + (b if b < 4 else 0)) if full else 0
-    return tile * (b if gpu else b + 7 * 4 + 1) + head
+    return rows * (TILE[1] * b if gpu else width * (b + 7 * 4 + 1)) + head
 
 
 def predict(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, adapter: bool = False) -> list[Phase]:
