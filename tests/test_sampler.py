@@ -111,6 +111,18 @@ def test_23_a_response_depends_on_seed_step_prompt_and_place_only():
     assert not torch.equal(sample(roles, prompts, 3, seed=1, max_new_tokens=8).response_ids, together.response_ids)
 
 
+def test_a_frozen_head_is_not_copied_for_every_row():
+    """The largest block that sampling one token of 32 rows allocates in bfloat16, in heads."""
+    from torch.profiler import ProfilerActivity, profile
+
+    roles = policy_and_reference("llama", vocab=4096).to(torch.bfloat16).requires_grad_(False)
+    head = roles.model("policy").get_output_embeddings().weight
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        sample(roles, [[1, 5, 6]], 32, max_new_tokens=1)
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(event.nbytes() for event in events) < 8 * head.numel() * head.element_size()
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 500])
 @pytest.mark.parametrize("min_tokens", [0, 3])

@@ -28,10 +28,11 @@ REDUCE_BUCKET = int(5e7)  # elements, see `engine._ZeRO.config`
 LOSS_CHUNK = 2**24  # elements, see `algorithms.functional.CHUNK_ELEMENTS`
 TILE = (4096, 32768)  # tokens x vocabulary of TRL's fused head
 # Host memory of a process that has imported what its stage imports and joined its peers; measured of SFT: 415 MiB of
-# its own and 195 MiB of mapped libraries. vLLM's modules add 160 MiB.
-LIBRARIES = {"sft": 610 * MIB, "reward": 610 * MIB, "ppo": 770 * MIB, "sample": 770 * MIB, "evaluate": 770 * MIB}
-# A CPU's bfloat16 products are compiled for every shape they meet, and kept: between 40 and 190 MiB in short runs.
-KERNELS = 120 * MIB
+# its own and 195 MiB of mapped libraries.
+LIBRARIES = 610 * MIB
+VLLM_MODULES = 160 * MIB  # where the engine is in the process
+# A CPU's bfloat16 products are compiled for every shape they meet, and kept: between 10 and 190 MiB in short runs.
+KERNELS = 80 * MIB
 # Bytes of heap a byte of a graph takes, with `launch.ALLOCATOR`: blocks of a graph leave gaps between them, more where graphs
 # of two roles and of many lengths come and go. Measured on SmolLM2-135M: 1.0 to 1.3, and 1.4 to 2.2.
 HEAP = {"sft": 1.2, "reward": 1.2, "ppo": 1.7}
@@ -190,7 +191,8 @@ def _phases(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
     """`predict` without what the allocator adds."""
     held = roles(cfg, shape, adapter)
     b = number_bytes(cfg)
-    libraries = 0 if device.gpu else LIBRARIES[cfg.stage] + (KERNELS if b == 2 else 0)
+    in_process = cfg.stage not in ("sft", "reward") and cfg.rollout.name == "vllm"
+    libraries = 0 if device.gpu else LIBRARIES + in_process * VLLM_MODULES + (KERNELS if b == 2 else 0)
     size = 0
     if held.adapters:
         size = shape.adapter(cfg.finetune.rank, cfg.finetune.target_modules, cfg.finetune.last_layers)

@@ -66,9 +66,11 @@ class HFSampler:
         step_ids, positions = ids.masked_fill(~mask, 0), position_ids(mask)
         with torch.no_grad():
             for generated in range(slots):
+                # An index of the last states copies them. Of a slice torch makes a batch, and in bfloat16 on a CPU copies
+                # a frozen head once a row.
                 out = hf(
                     input_ids=step_ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1,
+                    use_cache=True, logits_to_keep=torch.tensor([step_ids.shape[1] - 1], device=hf.device),
                 )  # fmt: skip
                 cache = out.past_key_values
                 law_logprobs = law.adjust(out.logits[:, -1, : hf.trained_rows], generated, stops)
