@@ -3,11 +3,11 @@
 
     scripts/bench_vs_trl.py [--pairs 2] [--updates 4] [--env .venv-trl]
 
-The same SmolLM2-135M, prompts, batch, response length, epochs, minibatches, threads and dtype (float32); the policy has the
-same LoRA adapter in both: rank 8 on the linear layers of the last six blocks, as in the quickstart (`--last-layers 0`: of
-all). Every response has the full length in both. TRL's value and reward models are whole models of their own, and its value
-model trains in full: it has no adapters for them. The peer's environment is made on the first call. The last line is one
-JSON object.
+The same SmolLM2-135M, prompts, batch, response length, epochs, minibatches, threads, dtype (float32) and settings of the
+allocator (those of our launcher); the policy has the same LoRA adapter in both: rank 8 on the linear layers of the last six
+blocks, as in the quickstart (`--last-layers 0`: of all). Every response has the full length in both. TRL's value and reward
+models are whole models of their own, and its value model trains in full: it has no adapters for them. The peer's environment
+is made on the first call. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def write_settings(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def run(command: list[str]) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    from alignkit.launch import ALLOCATOR
+
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "GLIBC_TUNABLES": ALLOCATOR}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     print("".join(f"  {said}\n" for said in done.stdout.splitlines() if said.startswith("a step took")), end="")
