@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alignkit.hashes import find_base, model_hash
+from alignkit.hashes import started_in as started_in
 from alignkit.log import write_atomic
 from alignkit.types import InputError, ModelSource
 
@@ -160,7 +162,8 @@ def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> M
             base = manifest.get("base_model")
             if not isinstance(base, dict) or not isinstance(base.get("path"), str):
                 raise InputError(f"{folder / 'manifest.json'} is damaged (no base_model.path): run the stage again")
-            return ModelSource(base["path"], model, str(model), folder, base.get("quantization") == "nf4")
+            place = find_base(base, folder, f"{key}={path}")
+            return ModelSource(place, model, str(model), folder, base.get("quantization") == "nf4")
         if not (model / "config.json").is_file():
             raise InputError(
                 f"{key}={path}: the {manifest['stage']} stage makes no model; give a run of sft, reward or ppo"
@@ -173,6 +176,7 @@ def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> M
             raise InputError(
                 f"{key}={path}: {file} names no base model: set base_model_name_or_path to the model it was trained on"
             )
+        base = find_base(_recorded(folder, base), folder, f"{key}={path}")
         return ModelSource(base, folder, str(folder) if (folder / "tokenizer_config.json").is_file() else base)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -193,6 +197,12 @@ def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> M
             f"{key}={path!r}: no such folder; expected a model folder, a finished run such as runs/<name>/sft, or a hub id org/model"
         )
     return ModelSource(path, None, path)
+
+
+def _recorded(folder: Path, base: str) -> dict[str, Any]:
+    """What is known of the base of an adapter's folder: of a run's `model/`, what the run's manifest says of it."""
+    known = (read_manifest(folder.parent) or {}).get("base_model") if folder.name == "model" else None
+    return known if isinstance(known, dict) and known.get("path") == base else {"path": base}
 
 
 def finished(run_dir: Path, key: str) -> dict[str, Any]:
@@ -243,54 +253,11 @@ def check_tokenizer(sources: dict[str, ModelSource], ours: str) -> None:
             )
 
 
-MODEL_FILES = (".json", ".safetensors", ".py", ".jinja", ".txt", ".model")  # of a model folder: not its README
-SAMPLED = 256  # places of a file above 16 MiB that are hashed, 64 KiB each: a 14 GB model takes a second, not a minute
-
-
-def model_hash(folder: Path) -> str | None:
-    """16 hex digits of a model's files: their names, sizes and contents; None where the folder holds no weights.
-
-    Files up to 16 MiB are read whole, larger ones at their beginning, end and evenly between: training changes a weight
-    file all over, a few edited bytes may go unseen.
-    """
-    files = sorted(path for path in folder.glob("*") if path.suffix in MODEL_FILES)
-    if not any(path.suffix == ".safetensors" for path in files):
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        size, block = path.stat().st_size, 2**16
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as stream:
-            if size <= SAMPLED * block:
-                digest.update(stream.read())
-                continue
-            for place in range(SAMPLED):
-                stream.seek(place * (size - block) // (SAMPLED - 1))
-                digest.update(stream.read(block))
-    return digest.hexdigest()[:16]
-
-
 def manifest_hash(run_dir: Path | None) -> str | None:
     """16 hex digits of a finished stage's manifest, the link of the lineage."""
     if run_dir is None or not (run_dir / "manifest.json").is_file():
         return None
     return hashlib.sha256((run_dir / "manifest.json").read_bytes()).hexdigest()[:16]
-
-
-def started_in(folder: Path, below: Path) -> Path | None:
-    """The working directory of the command that made a run folder: where the relative paths of its config begin.
-
-    Args:
-        below: what its config calls that folder, `<runs_dir>/<run_name>` or a stage's folder in it.
-
-    Returns:
-        None where the folder is no longer where its config says.
-    """
-    places = [Path.cwd()]
-    if not below.is_absolute():
-        spelled = (Path(os.path.abspath(folder)), folder.resolve())
-        places += [path.parents[len(below.parts) - 1] for path in spelled if len(path.parts) > len(below.parts)]
-    return next((place for place in places if (place / below).resolve() == folder.resolve()), None)
 
 
 def plain_config(run_dir: Path) -> dict[str, Any]:

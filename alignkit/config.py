@@ -51,6 +51,9 @@ class Stage:
     dry_run: bool = False  # print the resolved config and the launch command, start nothing
     resume: bool = False  # a finished run of this name is kept; an unfinished one goes on from its newest checkpoint
     reuse: bool = False  # link to a finished stage of the same config and inputs under runs_dir, if there is one
+    verify: str = (
+        "auto"  # runs that are read: auto | full: what is hashed of their models (README, "Runs that changed")
+    )
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     deepspeed: Any = MISSING
@@ -75,6 +78,10 @@ class Stage:
         if any(part in ("", ".", "..") or set(part) - _NAME_LETTERS for part in parts):
             raise InputError(
                 f"run_name={self.run_name!r}: use letters, digits, '-', '_', '.', '=' and '/' between parts"
+            )
+        if self.verify not in ("auto", "full"):
+            raise InputError(
+                f"verify={self.verify!r}: expected auto (by size and time, then by digest) or full (every byte)"
             )
         self.deepspeed.check(self.model.dtype)
 
@@ -278,6 +285,7 @@ class Pipeline:
     dry_run: bool = False
     resume: bool = False  # keep the finished stages of this run_name, do the others
     reuse: bool = True  # link to finished stages of the same config and inputs under runs_dir, make the others
+    verify: str = "auto"  # runs that are read: auto | full: what is hashed of their models
     model: Model = field(default_factory=Model)
     deepspeed: Any = MISSING
     launcher: Any = MISSING
@@ -397,7 +405,7 @@ def config_hash(config: Any) -> str:
     """16 hex digits of what the stage computes from: not the names of folders, nor how it is shown, launched, checked or
     saved."""
     plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config), throw_on_missing=False)
-    elsewhere = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "launcher", "logger")
+    elsewhere = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "verify", "launcher", "logger")
     for key in (*elsewhere, "save_steps", "keep_last", "keep_best", "max_seconds"):
         plain.pop(key, None)
     for rows in (plain.get("data"), plain.get("eval_data"), plain.get("ptx", {}).get("data")):

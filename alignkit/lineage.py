@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit import artifacts, config, sharing
+from alignkit import artifacts, config, hashes, sharing
 from alignkit.types import InputError
 
 Node = dict[str, Any]  # one stage: see `trace`
@@ -82,7 +82,9 @@ def trace(run: Path) -> Node:
         own.append(_held("model", run / "model", manifest["model_hash"], lambda: _files(run / "model")))
     base = manifest.get("base_model") or {}
     if base.get("hash"):
-        own.append(_held("base model", base["path"], base["hash"], lambda: _files(Path(base["path"]))))
+        own.append(
+            _held("base model", base["path"], base["hash"], lambda: _files(Path(hashes.find_base(base, run, str(run)))))
+        )
     return {
         "run": str(run),
         **facts,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import quantised
+from alignkit import loaded, quantised
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
@@ -40,11 +40,22 @@ class Model:
 
 
 def load_base(
-    path: str, model: Model, vocab: int, auto_class: str = "AutoModelForCausalLM", nf4: bool = False, **kwargs: Any
+    path: str,
+    model: Model,
+    vocab: int,
+    auto_class: str = "AutoModelForCausalLM",
+    nf4: bool = False,
+    headless: bool = False,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """A transformers model without dropout, safetensors only, its embedding grown to `vocab` rows where it has fewer.
 
-    `nf4`: its linear layers are held in 4 bits (arXiv 2305.14314), all but the output layer, and computed in model.dtype.
+    Args:
+        nf4: its linear layers are held in 4 bits (arXiv 2305.14314), all but the output layer, and computed in model.dtype.
+        headless: only its states are used (a whole reward model), so its output layer may be missing.
+
+    Raises:
+        InputError: a weight does not come from the files, or the tokenizer is not the embedding's.
     """
     import torch
     import transformers
@@ -55,16 +66,20 @@ def load_base(
             setattr(config, key, 0.0)
     for key, value in kwargs.items():
         setattr(config, key, value)
-    hf = getattr(transformers, auto_class).from_pretrained(
+    hf, info = getattr(transformers, auto_class).from_pretrained(
         path,
         config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # said below, by name
         dtype=getattr(torch, model.dtype),
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
         **(quantised.arguments(model.dtype) if nf4 else {}),
     )
+    loaded.check_base(hf, info, path, headless or auto_class != "AutoModelForCausalLM")
     quantised.keep_gradients(hf)
     hf.trained_rows = hf.get_input_embeddings().weight.shape[0]  # rows added for a pad token are never emitted
+    loaded.check_rows(vocab, hf.trained_rows, path)
     if vocab > hf.trained_rows:
         hf.resize_token_embeddings(vocab, mean_resizing=False)
     hf.config.use_cache = False
@@ -130,7 +145,7 @@ def save_head(head: nn.Linear, folder: Path) -> None:
 
 
 def load_head(folder: Path) -> nn.Linear:
-    """Read `score_head.safetensors`."""
+    """Read `score_head.safetensors`; `make_roles` compares its width with the model's."""
     import torch
     from safetensors.torch import load_file
 
@@ -139,6 +154,7 @@ def load_head(folder: Path) -> nn.Linear:
             f"{folder} is no reward model: it has no {HEAD_FILE}; give the folder of a finished reward run"
         )
     tensors = load_file(folder / HEAD_FILE)
+    loaded.check_head(tensors, folder)
     head = torch.nn.Linear(tensors["weight"].shape[1], 1)
     head.load_state_dict(tensors)
     return head
@@ -253,6 +269,9 @@ def make_roles(
 
     from alignkit.algorithms import functional as F
 
+    for role, head in heads.items():
+        loaded.check_width(role, head, models[role if role in models else "policy"])
+
     class Roles(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -335,7 +354,9 @@ def load_policy(source: ModelSource, model: Model, vocab: int) -> PreTrainedMode
     if source.adapter is not None:
         from peft import PeftModel
 
-        hf = PeftModel.from_pretrained(hf, source.adapter, autocast_adapter_dtype=False).merge_and_unload()
+        peft = PeftModel.from_pretrained(hf, source.adapter, autocast_adapter_dtype=False)
+        loaded.check_adapter(peft, source.adapter, "default")
+        hf = peft.merge_and_unload()
     return hf.requires_grad_(False)
 
 
@@ -343,7 +364,9 @@ def continue_adapter(hf: PreTrainedModel, adapter: Path) -> Any:
     """`hf` with a trainable copy of a trained adapter."""
     from peft import PeftModel
 
-    return quantised.keep_dtype(PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False))
+    peft = PeftModel.from_pretrained(hf, adapter, is_trainable=True, autocast_adapter_dtype=False)
+    loaded.check_adapter(peft, adapter, "default")
+    return quantised.keep_dtype(peft)
 
 
 def new_adapter(hf: PreTrainedModel, peft_config: Any) -> Any:
@@ -384,6 +407,12 @@ def copy_adapter(peft: Any, folder: Path, name: str) -> None:
     if own.keys() != saved.keys():
         odd = sorted(own.keys() ^ saved.keys())
         raise InputError(f"{folder}: its adapter does not fit the base: {len(odd)} weights differ in name, as {odd[0]}")
+    if odd := [
+        key for key, parameter in own.items() if getattr(parameter, "ds_shape", parameter.shape) != saved[key].shape
+    ]:
+        raise InputError(
+            f"{folder}: its adapter does not fit the base: {len(odd)} weights differ in shape, as {odd[0]}"
+        )
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(saved[key])
@@ -398,7 +427,8 @@ def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:
     """A finished reward run as a roles module whose only role is reward_model."""
     folder = source.adapter or Path(source.base)
     head = load_head(folder)
-    hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4))
+    whole = source.adapter is None
+    hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4, headless=whole))
     if source.adapter is not None:
         from peft import LoraConfig, get_peft_model
 

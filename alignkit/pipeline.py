@@ -133,7 +133,7 @@ def previous(cfg: Any, origin: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         InputError: it is another's, a job of Slurm works on it, or `resume` is not set.
     """
-    from alignkit import artifacts
+    from alignkit import artifacts, hashes
     from alignkit.config import config_hash
     from alignkit.launch import scheduler
     from alignkit.types import InputError
@@ -151,6 +151,8 @@ def previous(cfg: Any, origin: dict[str, Any]) -> dict[str, Any] | None:
         )
     contents = origin["contents"]
     if manifest is None or (cfg.resume and manifest.get("address") == origin["address"]):
+        if manifest is not None and manifest["status"] == "done":
+            hashes.check_unchanged(run_dir, None, manifest, f"resume=true with {run_dir}", cfg.verify)
         return manifest
     if not cfg.resume:
         more = ", or add resume=true" if manifest["status"] != "done" else ""
@@ -250,7 +252,7 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
     Returns:
         {role: ModelSource} of those that exist now.
     """
-    from alignkit import artifacts, lints
+    from alignkit import artifacts, hashes, lints
     from alignkit.chat import check_fits
     from alignkit.check_model import check_source
     from alignkit.rules import model_contradictions
@@ -268,6 +270,10 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
                 )
             if not weights:  # a plan needs no more than config.json
                 continue
+            if source.run is not None:
+                base = source.base if source.adapter is not None else None
+                made = artifacts.read_manifest(source.run) or {}
+                hashes.check_unchanged(source.run, base, made, f"{key}={path}", cfg.verify)
             facts = check_source(source, f"{key}={path}", cfg.model.chat_template, scores=role.startswith("rewards."))
             for line in model_contradictions(cfg, facts, f"{key}={path}"):
                 raise InputError(line)
@@ -279,8 +285,8 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
     artifacts.check_hand_off(sources)
     _check_adapters(cfg, sources)
     if hasattr(cfg, "finetune"):
-        for source in sources.values():
-            cfg.finetune.check_start(source)
+        for role, source in sources.items():
+            cfg.finetune.check_start(source, scores=role.startswith("rewards."))
     for reward in getattr(cfg, "rewards", {}).values():
         if hasattr(reward, "load"):
             reward.load()
@@ -300,13 +306,19 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
 
 
 def _check_adapters(cfg: Any, sources: dict[str, Any]) -> None:
-    """Where an engine is only sent adapters: refuse a policy without one, and policies with several bases."""
+    """Refuse adapters that no policy can be made of; where an engine is only sent adapters, a policy without one, and policies
+    with several bases."""
+    from alignkit import adapters
     from alignkit.types import InputError
 
     policies = {role: source for role, source in sources.items() if not role.startswith("rewards.")}
     known = len(policies) == sum(not role.startswith("rewards.") for role in cfg.inputs())
     if cfg.stage not in ("sample", "evaluate") or not known:  # PPO's is made by its finetune; others are still to come
         return
+    for role, source in policies.items():
+        if source.adapter is not None:
+            saved = adapters.read_config(source.adapter)
+            adapters.check_merged(source, saved, f"{role}={cfg.inputs()[role]}", cfg.rollout.adapters_only)
     if getattr(cfg.rollout, "payload", "") == "adapter" and not any(source.adapter for source in policies.values()):
         given = " ".join(f"{role}={source.base}" for role, source in policies.items())
         raise InputError(f"rollout.payload=adapter with {given}: no adapter there; use rollout.payload=merged or auto")

@@ -22,7 +22,7 @@ def main() -> int:
     stage, run_dir = sys.argv[1], Path(sys.argv[2])
     rank = int(os.environ["RANK"])
 
-    from alignkit import artifacts, config, engine, interrupt
+    from alignkit import artifacts, config, engine, hashes, interrupt
     from alignkit.log import RunLog
     from alignkit.types import InputError, Saved
 
@@ -58,7 +58,7 @@ def main() -> int:
             sys.stderr.flush()
             os._exit(2 if kind == "input" else 1)  # peers may hang in a collective: the launcher ends them
         if rank == 0:
-            facts |= {"metrics": metrics, "model_hash": artifacts.model_hash(run_dir / "model"), "peak_mib": peaks}
+            facts = hashes.record(facts, run_dir, cfg.verify) | {"metrics": metrics, "peak_mib": peaks}
             artifacts.write_manifest(run_dir, **facts, seconds=round(time.time() - started, 1), status="done")
     engine.stop()
     return 0

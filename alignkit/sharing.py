@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alignkit import artifacts
+from alignkit import artifacts, hashes
 from alignkit.config import config_hash
 from alignkit.data import Data, fingerprint
 from alignkit.types import InputError
@@ -82,7 +82,7 @@ def find(runs_dir: Path, wanted: str, stage: str) -> Path | None:
         with contextlib.suppress(InputError):  # a damaged manifest is another run's trouble
             manifest = artifacts.read_manifest(run) or {}
             if (manifest.get("stage"), manifest.get("address"), manifest.get("status")) == (stage, wanted, "done"):
-                if artifacts.model_hash(run / "model") == manifest.get("model_hash"):
+                if hashes.now(run / "model", hashes.own(manifest)) == manifest.get("model_hash"):
                     return run
                 print(f"{stage:<9} {run} is not reused: its model/ changed since it was made")
     return None

@@ -286,7 +286,7 @@ def test_40_synced_weights_are_the_policy_and_leave_the_base_alone(saved, style,
 
 
 def test_40_rows_added_for_a_pad_token_are_neither_synced_nor_sampled(saved):
-    roles, finetune = build(saved["llama"], "sft", vocab=VOCAB + 3)
+    roles, finetune = build(saved["llama"], "sft", vocab=VOCAB + 1)
     rollouts, (plain, _) = make_rollouts(4), build(saved["llama"], "sft")
     assert {len(t) for n, t in finetune.sync_payload(roles) if "embed" in n} == {VOCAB}
     ours, theirs = forward(roles, rollouts), forward(plain, rollouts)

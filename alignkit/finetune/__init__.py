@@ -1,7 +1,7 @@
 """How weights are adapted: one file an option, a dataclass with a `name` and these methods.
 
 - `check(stage)`: refuse a stage's config that it does not go with
-- `check_start(start)`: refuse a `ModelSource` that it cannot continue, from JSON alone
+- `check_start(start, scores)`: refuse a `ModelSource` that it cannot continue, from JSON alone
 - `peft_config(task_type, hf)`: what TRL's trainers are given (None: all weights train)
 - `roles(...)`: the module of policy, ref_policy, critic and reward_model, with heads (`models.make_roles`)
 - `parameters(roles, role)`: what the engine of that role trains

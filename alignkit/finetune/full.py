@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit import models
+from alignkit import adapters, models
 from alignkit.finetune.critic import Critic
 from alignkit.types import InputError, Payload
 
@@ -30,11 +30,12 @@ class Full:
     def check(self, stage: Any) -> None:
         """Goes with everything."""
 
-    def check_start(self, start: ModelSource | None) -> None:
-        """Refuse to start from an adapter."""
+    def check_start(self, start: ModelSource | None, scores: bool = False) -> None:
+        """Refuse to start from an adapter. `scores`: it is the reward model of PPO, with a head."""
         if start is not None and start.adapter is not None:
             raise InputError(
-                f"finetune=full starts from whole models, but {start.adapter} is an adapter; use finetune=lora, or merge it first"
+                f"finetune=full starts from whole models, but {start.adapter} is an adapter; use finetune=lora, or merge it first and give "
+                f"{adapters.merged_folder(start)}: {adapters.merge_command(start)}"
             )
 
     def peft_config(self, task_type: str, hf: nn.Module) -> Any:
@@ -62,14 +63,14 @@ class Full:
         heads: dict[str, nn.Linear] = {}
         if reward is not None:
             self.check_start(reward)
-            parts["reward_model"] = models.load_base(reward.base, model, vocab)
+            parts["reward_model"] = models.load_base(reward.base, model, vocab, headless=True)
             heads["reward_model"] = models.load_head(Path(reward.base))
         if critic is not None:
             critic = critic.resolved(self, reward is not None)
             heads["critic"] = critic.new_head(parts["policy"].config.hidden_size, heads.get("reward_model"))
             if critic.kind == "separate":
                 start = reward if critic.weights == "reward_model" and reward is not None else source
-                parts["critic"] = models.load_base(start.base, model, vocab)
+                parts["critic"] = models.load_base(start.base, model, vocab, headless=start is reward)
         trunk = critic is not None and critic.kind == "trunk"
         roles = models.make_roles(parts, heads, switch=lambda role: None, trunk_critic=trunk)
         models.train_only(roles, [p for role in ("policy", "critic") for p in self.parameters(roles, role)])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit import models
+from alignkit import adapters, loaded, models
 from alignkit.finetune.critic import Critic
 from alignkit.ranges import num
 from alignkit.types import InputError, Payload
@@ -41,17 +40,19 @@ class LoRA:
     def check(self, stage: Any) -> None:
         """Goes with everything."""
 
-    def check_start(self, start: ModelSource | None) -> None:
-        """Refuse to continue an adapter of another shape than this config describes, or of a base held otherwise. Reads
-        JSON only."""
+    def check_start(self, start: ModelSource | None, scores: bool = False) -> None:
+        """Refuse to continue an adapter that is more than LoRA, of another shape than this config describes, or of a base
+        held otherwise. Reads JSON only. `scores`: it is the reward model of PPO, with a head."""
         if start is None or start.adapter is None:
             return
         adapter = start.adapter
         if start.run is not None and start.nf4 != self.nf4:
             held, fix = ("in 4 bits", "qlora") if start.nf4 else ("unquantised", "lora")
             raise InputError(f"finetune={self.name}, but {adapter} was trained on the base {held}: use finetune={fix}")
-        saved = json.loads((adapter / "adapter_config.json").read_text())
+        saved = adapters.read_config(adapter)
+        adapters.check_continued(start, saved, self.name, scores)
         layers = saved.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
         theirs = {"rank": saved.get("r"), "alpha": saved.get("lora_alpha"), "last_layers": layers and len(layers)}
         if theirs != {"rank": self.rank, "alpha": self.alpha, "last_layers": self.last_layers}:
             ours = f"rank={self.rank} alpha={self.alpha:g} last_layers={self.last_layers}"
@@ -104,8 +105,8 @@ class LoRA:
         from peft import PeftModel, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for start in (source, reward):
-            self.check_start(start)
+        self.check_start(source)
+        self.check_start(reward, scores=True)
         torch.manual_seed(seed)
         hf = models.load_base(source.base, model, vocab, nf4=self.nf4)
         heads: dict[str, nn.Linear] = {}
@@ -115,6 +116,8 @@ class LoRA:
                 hf, source.adapter, adapter_name="policy", is_trainable=True, autocast_adapter_dtype=False
             )
             peft.load_adapter(source.adapter, adapter_name="ref_policy", autocast_adapter_dtype=False)
+            for role in ("policy", "ref_policy"):
+                loaded.check_adapter(peft, source.adapter, role)
             adapters |= {"policy", "ref_policy"}
         else:
             peft = get_peft_model(
