@@ -51,9 +51,7 @@ class Stage:
     dry_run: bool = False  # print the resolved config and the launch command, start nothing
     resume: bool = False  # a finished run of this name is kept; an unfinished one goes on from its newest checkpoint
     reuse: bool = False  # link to a finished stage of the same config and inputs under runs_dir, if there is one
-    verify: str = (
-        "auto"  # runs that are read: auto | full: what is hashed of their models (README, "Runs that changed")
-    )
+    verify: str = "auto"  # auto | full: runs that are read, by size and time and then by hash | by every byte
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     deepspeed: Any = MISSING
@@ -285,7 +283,7 @@ class Pipeline:
     dry_run: bool = False
     resume: bool = False  # keep the finished stages of this run_name, do the others
     reuse: bool = True  # link to finished stages of the same config and inputs under runs_dir, make the others
-    verify: str = "auto"  # runs that are read: auto | full: what is hashed of their models
+    verify: str = "auto"  # auto | full: runs that are read, by size and time and then by hash | by every byte
     model: Model = field(default_factory=Model)
     deepspeed: Any = MISSING
     launcher: Any = MISSING

@@ -239,7 +239,11 @@ def convert(gguf: str | Path, folder: str | Path) -> None:
     gguf = Path(gguf)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.pad_token = "<|endoftext|>"  # the file says eos; no text encodes to this one
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+    )
+    if lost := sorted(info["missing_keys"]):
+        raise RunError(f"{gguf}: {len(lost)} weights are not in it, as {lost[0]}: install its package anew")
 
     # save_pretrained refuses a model that came from a quantized file: copy the weights into a fresh one.
     settings = loaded.config.to_dict()

@@ -172,8 +172,9 @@ def find_base(held: dict[str, Any], folder: Path, key: str) -> str:
             f"{key}: its base model {path} was a folder and is not there: put it back (beside the run as before), or train it "
             "anew from another"
         )
-    same = (place for place in found if held.get("hash") and now(place, held) == held["hash"])
-    best = next(same, found[0])
+    best = found[0]
+    if held.get("hash") and len({place.resolve() for place in found}) > 1:
+        best = next((place for place in found if now(place, held) == held["hash"]), best)
     return path if Path(path).resolve() == best.resolve() else str(best)
 
 
@@ -182,12 +183,12 @@ def _places(held: dict[str, Any], folder: Path) -> Iterator[Path]:
     from alignkit import demo
 
     path = Path(held["path"])
-    if not path.is_absolute():
-        config = folder / "config.yaml"
-        if config.is_file() and (place := _start_of(config)) is not None:
-            yield place / path
-        elif "hash" not in held:  # an adapter's own words
-            yield folder.resolve() / path
+    if "hash" not in held:  # an adapter's own words, which PEFT reads from here
+        yield from (path, folder.resolve() / path)
+        return
+    config = folder / "config.yaml"
+    if not path.is_absolute() and config.is_file() and (place := _start_of(config)) is not None:
+        yield place / path
     if held.get("beside"):
         yield folder.resolve() / held["beside"]
     if held.get("absolute"):

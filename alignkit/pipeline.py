@@ -312,13 +312,14 @@ def _check_adapters(cfg: Any, sources: dict[str, Any]) -> None:
     from alignkit.types import InputError
 
     policies = {role: source for role, source in sources.items() if not role.startswith("rewards.")}
-    known = len(policies) == sum(not role.startswith("rewards.") for role in cfg.inputs())
-    if cfg.stage not in ("sample", "evaluate") or not known:  # PPO's is made by its finetune; others are still to come
+    if cfg.stage not in ("sample", "evaluate"):  # PPO's is made by its finetune
         return
     for role, source in policies.items():
         if source.adapter is not None:
             saved = adapters.read_config(source.adapter)
             adapters.check_merged(source, saved, f"{role}={cfg.inputs()[role]}", cfg.rollout.adapters_only)
+    if len(policies) < sum(not role.startswith("rewards.") for role in cfg.inputs()):  # others are still to come
+        return
     if getattr(cfg.rollout, "payload", "") == "adapter" and not any(source.adapter for source in policies.values()):
         given = " ".join(f"{role}={source.base}" for role, source in policies.items())
         raise InputError(f"rollout.payload=adapter with {given}: no adapter there; use rollout.payload=merged or auto")
