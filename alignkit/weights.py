@@ -361,15 +361,33 @@ def adapter_fault(saved: dict[str, Any], shapes: Shapes, config: dict[str, Any],
         shape = (up[module][0], down[module][-1])
         if name in own and not packed and shape not in (own[name], own[name][::-1]):
             return f"it was trained on a {module} of {list(shape)}, the base has {list(own[name])}"
-    targets = saved.get("target_modules")
     partly = any(saved.get(key) for key in ("layers_to_transform", "exclude_modules", "layers_pattern"))
-    if isinstance(targets, list) and not partly and not fused:
-        leaves = tuple(f".{target}" for target in targets)
-        if left := sorted(
-            name for name in own if f".{name}".endswith(leaves) and name not in mine and len(own[name]) == 2
-        ):
-            return f"{len(left)} modules of the base have no weights in it, as {left[0]}: it is another base's, or cut"
+    if left := [] if partly or fused else _untouched(saved.get("target_modules"), mine.keys(), own):
+        return f"{len(left)} modules of the base have no weights in it, as {left[0]}: it is another base's, or cut"
     return None
+
+
+def _untouched(targets: Any, mine: Iterable[str], own: Shapes) -> list[str]:
+    """The modules of the base that an adapter's `target_modules` mean and that it has no weights for.
+
+    Where it names modules in full, only the blocks behind its last one are meant: a shorter base's adapter ends early.
+    """
+    if not isinstance(targets, list):
+        return []
+    mine = set(mine)
+    wide = [target for target in targets if not re.search(r"\.\d+\.", target)]
+    leaves = tuple(f".{target}" for target in wide)
+    if len(wide) < len(targets):
+        leaves += tuple({"." + target.rpartition(".")[2] for target in targets})
+        last = max(map(_block, mine), default=-1)
+        behind = [name for name in own if _block(name) > last or any(target.endswith(name) for target in targets)]
+        own = {name: own[name] for name in behind if {_block(name) for name in mine} >= set(range(last + 1))}
+    return sorted(n for n in own if f".{n}".endswith(leaves) and n not in mine and len(own[n]) == 2)
+
+
+def _block(name: str) -> int:
+    at = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(at[1]) if at else -1
 
 
 def _sides(shapes: Shapes, side: str) -> dict[str, tuple[int, ...]]:
