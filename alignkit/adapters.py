@@ -24,7 +24,7 @@ PLAIN = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("fan_in_fan_out", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"),
 }
-UNSET = (None, False, "none", [], {}, "")
+UNSET: tuple[Any, ...] = (None, False, "none", [], {}, "")
 STARTS = (
     None,
     True,

@@ -148,7 +148,7 @@ def check_names(
                 f"{key}: {source.base} has {packed[0]} as {base[packed[0]][0]}, and no quantization_config in its config.json "
                 "that says how to read it: give the model in float, or its whole config.json"
             )
-    if adapter is not None and (known or not facts):
+    if adapter is not None and source.adapter is not None and (known or not facts):
         saved = adapters.read_config(source.adapter)
         mine = {name: shape for name, (_, shape) in adapter.items()}
         if wrong := weights.adapter_fault(saved, mine, facts, shapes if known else {}):

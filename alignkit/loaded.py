@@ -80,6 +80,31 @@ def check_adapter(peft: Any, folder: Path, name: str) -> None:
         raise InputError(f"{folder}: its adapter does not fit the base: {len(odd)} weights {where}, as {odd[0]}")
 
 
+def copy_adapter(peft: Any, folder: Path, name: str) -> None:
+    """Overwrite adapter `name` with the LoRA weights saved in `folder`; heads saved beside them are left out.
+
+    Raises:
+        InputError: the saved weights are not exactly those of the adapter.
+    """
+    import torch
+    from peft.utils import load_peft_weights
+
+    saved = {key: tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items() if ".lora_" in key}
+    own = {n.replace(f".{name}.", "."): p for n, p in peft.named_parameters() if f".{name}." in n and ".lora_" in n}
+    if own.keys() != saved.keys():
+        odd = sorted(own.keys() ^ saved.keys())
+        raise InputError(f"{folder}: its adapter does not fit the base: {len(odd)} weights differ in name, as {odd[0]}")
+    if odd := [
+        key for key, parameter in own.items() if getattr(parameter, "ds_shape", parameter.shape) != saved[key].shape
+    ]:
+        raise InputError(
+            f"{folder}: its adapter does not fit the base: {len(odd)} weights differ in shape, as {odd[0]}"
+        )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(saved[key])
+
+
 def saved_names(folder: Path) -> set[str]:
     """The names in adapter_model.safetensors."""
     from safetensors import safe_open

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from alignkit import loaded, quantised
+from alignkit.loaded import copy_adapter as copy_adapter
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
@@ -391,31 +392,6 @@ def adapt_for_scores(hf: PreTrainedModel, peft_config: Any, start: Path | None) 
     if start is not None:
         copy_adapter(peft, start, "default")
     return peft
-
-
-def copy_adapter(peft: Any, folder: Path, name: str) -> None:
-    """Overwrite adapter `name` with the LoRA weights saved in `folder`; heads saved beside them are left out.
-
-    Raises:
-        InputError: the saved weights are not exactly those of the adapter.
-    """
-    import torch
-    from peft.utils import load_peft_weights
-
-    saved = {key: tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items() if ".lora_" in key}
-    own = {n.replace(f".{name}.", "."): p for n, p in peft.named_parameters() if f".{name}." in n and ".lora_" in n}
-    if own.keys() != saved.keys():
-        odd = sorted(own.keys() ^ saved.keys())
-        raise InputError(f"{folder}: its adapter does not fit the base: {len(odd)} weights differ in name, as {odd[0]}")
-    if odd := [
-        key for key, parameter in own.items() if getattr(parameter, "ds_shape", parameter.shape) != saved[key].shape
-    ]:
-        raise InputError(
-            f"{folder}: its adapter does not fit the base: {len(odd)} weights differ in shape, as {odd[0]}"
-        )
-    with torch.no_grad():
-        for key, parameter in own.items():
-            parameter.copy_(saved[key])
 
 
 def single_role(hf: PreTrainedModel) -> nn.Module:

@@ -432,7 +432,7 @@ def test_a_stage_of_a_pipeline_is_saved_and_read_back_equal(tmp_path, number):
 def test_the_config_hash_leaves_out_names_places_and_launch_but_nothing_that_is_computed_with():
     plain = config.config_hash(typed("ppo"))
     names = ("run_name=other", "runs_dir=elsewhere", "launcher.num_ranks=2", "logger=none", "resume=true")
-    saving = ("save_steps=5", "keep_last=3", "keep_best=objective/score", "max_seconds=9")
+    saving = ("verify=full", "save_steps=5", "keep_last=3", "keep_best=objective/score", "max_seconds=9")
     checks = ("data.lint=off", "ptx.data.lint=strict")
     for same in names + saving + checks:
         assert config.config_hash(typed("ppo", same)) == plain
