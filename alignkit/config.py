@@ -77,10 +77,6 @@ class Stage:
             raise InputError(
                 f"run_name={self.run_name!r}: use letters, digits, '-', '_', '.', '=' and '/' between parts"
             )
-        if self.verify not in ("auto", "full"):
-            raise InputError(
-                f"verify={self.verify!r}: expected auto (by size and time, then by digest) or full (every byte)"
-            )
         self.deepspeed.check(self.model.dtype)
 
     def inputs(self) -> dict[str, str]:

@@ -21,6 +21,8 @@ def contradictions(cfg: Any) -> Iterator[str]:
     yield from _finetune(cfg)
     yield from _schedule(cfg)
     yield from _rewards(cfg)
+    if getattr(cfg, "verify", "auto") not in ("auto", "full"):
+        yield f"verify={cfg.verify!r}: expected auto (by size and time, then by hash) or full (every byte)"
     rollout: Any = getattr(cfg, "rollout", None)
     if getattr(rollout, "urls", None) and rollout.servers != 1:
         yield (
