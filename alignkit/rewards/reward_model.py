@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import models
+from alignkit import models, tokens
 from alignkit.ranges import num
 from alignkit.rewards.base import Context, Scorer
 from alignkit.types import InputError, Rollouts
@@ -67,6 +67,7 @@ class RewardModel:
                         context.device
                     )
                 )
+                roles[0].ends = tokens.stops(context.tokenizer)
             ids, mask, starts = (part.to(context.device) for part in rollouts.flush_left())
             slots = rollouts.response_ids.shape[1]
             return batches.map_rows(
