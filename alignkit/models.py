@@ -33,13 +33,8 @@ class Model:
     path: str = MISSING  # hub id, folder, a finished run (runs/<name>/sft) or demo:smollm2-135m-instruct
     dtype: str = "float32"  # float32 | bfloat16
     trust_remote_code: bool = False  # run Python code that comes with the model
-    chat_template: str | None = (
-        None  # a file with a Jinja chat template, or the name of one of the model's; None: its own
-    )
-    template_date: str | None = (
-        None  # YYYY-MM-DD: the date that a chat template is told which asks for one; None: that of
-    )
-    # the run the model comes from, else the day of the first start
+    chat_template: str | None = None  # a file with a Jinja template, or the name of one of the model's; None: its own
+    template_date: str | None = None  # YYYY-MM-DD that a chat template is told; None: of the model's run, else today
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):

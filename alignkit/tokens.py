@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,9 +92,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def of_model(source: ModelSource, model: Any, light: bool = False):
-    """`load_tokenizer` of a resolved model under a stage's `model` settings."""
-    return load_tokenizer(
+def of_model(source: ModelSource, model: Any, note: Callable[[str], None] | None = None, light: bool = False):
+    """`load_tokenizer` of a resolved model under a stage's `model` settings.
+
+    `note` is told of its ends where the command could not look at them before the start: of a hub id.
+    """
+    tokenizer = load_tokenizer(
         source.tokenizer,
         trust_remote_code=model.trust_remote_code,
         chat_template=model.chat_template,
@@ -101,6 +105,10 @@ def of_model(source: ModelSource, model: Any, light: bool = False):
         base=source.base,
         light=light,
     )
+    if note is not None and not Path(source.tokenizer).is_dir():
+        for line in tokenizer.notes:
+            note(line)
+    return tokenizer
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:

@@ -29,7 +29,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
 
     # 1. Prompts, and the data of PPO-ptx.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.of_model(source, cfg.model)
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     rows = cfg.data.rows("prompt")
     prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")

@@ -17,7 +17,7 @@ from alignkit.stages import _card, _identity, _trl
 def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Pairs and tokens; the split is by prompt.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.of_model(source, cfg.model)
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     artifacts.check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
     rows, held_out = _trl.split_rows(cfg)
     train, dropped = tokens.preference_dataset(rows, tokenizer, cfg.max_length)

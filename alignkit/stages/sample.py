@@ -17,7 +17,7 @@ from alignkit.types import InputError
 def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Policy, prompts and the engine that answers them.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.of_model(source, cfg.model)
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     artifacts.check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
     prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)

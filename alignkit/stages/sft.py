@@ -15,7 +15,7 @@ from alignkit.stages import _trl
 def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Rows and tokens.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.of_model(source, cfg.model)
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     rows, held_out = _trl.split_rows(cfg)
     train, dropped = tokens.sft_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training rows: {dropped.describe()}")
