@@ -1,0 +1,213 @@
+"""One end of a turn: tokenizer, template and generation_config.json joined; and padding that makes no new row."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import EOS, PAD, SENTENCES, TEMPLATE, tiny_model, tiny_tokenizer
+
+from alignkit import ends, models, tokens
+from alignkit.algorithms import functional as F
+from alignkit.rewards.base import response_texts
+from alignkit.rollout.base import Context, Sampling
+from alignkit.stages import _identity
+from alignkit.types import InputError
+
+END = "<|endoftext|>"
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A tokenizer whose eos is <|endoftext|> and whose template closes turns with <|im_end|>; the model names both."""
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"eos_token": END, "additional_special_tokens": ["<|im_start|>", EOS]})
+    tokenizer.save_pretrained(tmp_path)
+    name_ends(tmp_path, tokenizer.convert_tokens_to_ids([END, EOS]))
+    return tmp_path
+
+
+def name_ends(folder, ids):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+
+
+def changed(folder, **settings):
+    """Settings of a saved tokenizer replaced, as a person does it."""
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
+
+
+def test_an_answer_ends_with_what_the_template_closes_it_with(two, tmp_path_factory):
+    tokenizer = tokens.load_tokenizer(two)
+    end, old = tokenizer.convert_tokens_to_ids([EOS, END])
+    assert tokens.encode_response(tokenizer, "good")[-1] == end and tokens.stops(tokenizer) == [end, old]
+    assert tokenizer.pad_token_id not in (end, old)
+    tokens.save_tokenizer(tokenizer, run := tmp_path_factory.mktemp("run"))
+    later = tokens.load_tokenizer(run, base=two)
+    assert tokens.tokenizer_hash(later) == tokens.tokenizer_hash(tokenizer) and set(tokens.stops(later)) == {end, old}
+    assert ends.of_folders(two, two, None) == tokenizer.notes
+    assert EOS in tokenizer.notes[0] and END in tokenizer.notes[0] and "rollouts stop at each" in tokenizer.notes[-1]
+
+
+def test_where_all_agree_nothing_is_said_and_nothing_changes(tmp_path):
+    before = tiny_tokenizer(tmp_path)
+    name_ends(tmp_path, before.eos_token_id)
+    tokenizer = tokens.load_tokenizer(tmp_path)
+    assert tokenizer.notes == ends.of_folders(tmp_path, tmp_path, None) == []
+    assert tokens.stops(tokenizer) == [before.eos_token_id] and tokens.tokenizer_hash(tokenizer) == tokens.tokenizer_hash(before)
+
+
+CLOSED = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}CLOSE{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("close", "eos", "words"),
+    [
+        (EOS, EOS, ""),  # as most do
+        ("\n" + EOS + "\n", EOS, ""),  # white space around it
+        ("{{ eos_token }}", END, ""),
+        (EOS + "{{ eos_token }}", END, "writes the eos token"),  # a prompt would change with the eos token
+        ("{% if loop.last %}" + EOS + "{% endif %}", EOS, "as the chat template closes one"),
+        ("</end>", END, "'</end>'"),  # plain text
+        ("", END, "''"),
+    ],
+)
+def test_the_end_is_read_off_the_template(two, close, eos, words):
+    name_ends(two, [])
+    tokenizer = tokens.load_tokenizer(two, chat_template=CLOSED.replace("CLOSE", close))
+    assert tokenizer.eos_token == eos and words in " ".join(tokenizer.notes)
+    assert tokenizer.eos_token_id == tokens.stops(tokenizer)[0]
+    closing = EOS if EOS in close else END
+    assert tokenizer.convert_tokens_to_ids(closing) in tokens.stops(tokenizer)
+
+
+@pytest.mark.parametrize(("named", "stops"), [(3, [3]), ([3, 5], [3, 5]), ([5], [3, 5]), ([], [3]), (None, [3])])
+def test_rollouts_stop_at_what_generation_config_names(tmp_path, named, stops):
+    tiny_tokenizer(tmp_path)
+    name_ends(tmp_path, named)
+    assert tokens.stops(tokens.load_tokenizer(tmp_path)) == stops
+
+
+def test_an_end_outside_the_vocabulary_is_said_and_an_end_that_is_none_is_refused(tmp_path):
+    tiny_tokenizer(tmp_path)
+    name_ends(tmp_path, [3, 128001])
+    (note,) = ends.of_folders(tmp_path, tmp_path, None)
+    assert "128001" in note and "generation_config.json" in note and tokens.stops(tokens.load_tokenizer(tmp_path)) == [3]
+    name_ends(tmp_path, "<|im_end|>")
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id='<\|im_end\|>': expected the id"):
+        ends.named_ends(tmp_path)
+
+
+def test_every_engine_is_given_all_ends():
+    context = Context("", "", 0, 0, 3, 1, 1, stops=[3, 7])
+    assert context.stop_ids(Sampling()) == [3, 7] and context.stop_ids(Sampling(stop_token_ids=[9, 7])) == [3, 7, 9]
+
+
+def test_a_text_does_not_hold_its_end_whichever_it_is(tmp_path):
+    tiny_tokenizer(tmp_path)
+    word = tokens.load_tokenizer(tmp_path).convert_tokens_to_ids("good")
+    name_ends(tmp_path, [3, word])  # an end that is no special token
+    tokenizer = tokens.load_tokenizer(tmp_path)
+    rollouts = _identity.as_rollouts([{"prompt": "Hello!", "response": "sad"}], tokenizer)
+    rollouts.response_ids[0, -1] = word
+    assert response_texts(tokenizer, rollouts) == ["sad"]
+    assert _identity.same_ids(rollouts, tokenizer) == (1, 1)
+
+
+def test_a_reward_model_reads_every_end_as_the_one_it_was_trained_on():
+    ids = torch.tensor([[5, 6, 3, 0], [5, 7, 0, 0], [5, 7, 7, 9], [7, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    read = [[5, 6, 3, 0], [5, 3, 0, 0], [5, 7, 7, 9], [7, 0, 0, 0]]  # 3 and 7 end; a cut row is left alone, and so is padding
+    assert F.with_one_end(ids, mask, [3, 7]).tolist() == read
+
+
+def test_a_score_is_that_of_the_trained_end(tmp_path):
+    hf = models.load_base(str(tiny_model(tmp_path)), models.Model(path="x"), 320)
+    roles = models.make_roles({"reward_model": hf}, {"reward_model": models.score_head(32)}, switch=lambda role: None)
+    ids, mask, starts = torch.tensor([[5, 6, 3], [5, 6, 7]]), torch.ones(2, 3).bool(), torch.tensor([1, 1])
+    apart = roles("reward_model", ids, mask, starts, 2)
+    assert apart[0] != apart[1]
+    roles.ends = [3, 7]
+    one = roles("reward_model", ids, mask, starts, 2)
+    assert one[0] == one[1] == apart[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- padding
+
+
+def byte_level(folder, special=(END,)):
+    """A tokenizer as GPT-2's: all 256 bytes, and nothing beside <|endoftext|>, which is bos, eos and unk."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as backends
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(backends.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(SENTENCES, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END, unk_token=END).save_pretrained(folder)
+    return folder
+
+
+def no_bytes(folder):
+    """A tokenizer of ASCII alone with no token to spare: only <unk> beside the ends."""
+    tiny_tokenizer(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text().replace(PAD, "<|im_start|>x")
+        (folder / name).write_text(text.replace("<|im_start|>x", EOS + "y"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE + "{# " + EOS + "y #}")
+    return changed(folder, pad_token=None, bos_token="<|im_start|>")
+
+
+SPARE = {
+    "of bytes that UTF-8 has not": (byte_level, "ÿ"),
+    "a reserved token": (lambda f: byte_level(f, (END, "<|a|>", "<|reserved_7|>", "<|z|>")), "<|reserved_7|>"),
+    "a token for nothing we do": (lambda f: byte_level(f, (END, "<|a|>", "<|z|>")), "<|z|>"),
+    "the last word": (no_bytes, None),
+}
+
+
+@pytest.mark.parametrize("kind", SPARE)
+@pytest.mark.parametrize("shipped", ["none", "eos"])
+def test_padding_takes_a_token_that_is_there(tmp_path, kind, shipped):
+    make, expected = SPARE[kind]
+    folder = make(tmp_path / "m")
+    eos = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
+    changed(folder, pad_token=eos if shipped == "eos" else None)
+    tokenizer = tokens.load_tokenizer(folder)
+    rows = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"].values()
+    assert tokenizer.pad_token_id in rows and len(tokenizer) == max(rows) + 1  # no new row
+    assert tokenizer.pad_token_id not in tokens.stops(tokenizer)
+    assert expected is None or tokenizer.pad_token == expected
+    assert ends.of_folders(folder, folder, None) == tokenizer.notes and "no new row" in tokenizer.notes[-1]
+    # The same again once saved, and no text reads otherwise for it.
+    texts = [*SENTENCES, "Müßiggang, L'Haÿ-les-Roses 6÷2 Þór", tokenizer.pad_token]
+    before = [tokenizer(text).input_ids for text in texts]
+    tokens.save_tokenizer(tokenizer, tmp_path / "run")
+    later = tokens.load_tokenizer(tmp_path / "run")
+    assert [later(text).input_ids for text in texts] == before and tokens.tokenizer_hash(later) == tokens.tokenizer_hash(tokenizer)
+    assert [later.decode(ids) for ids in before[:-1]] == [tokenizer.decode(ids) for ids in before[:-1]]
+
+
+def test_a_pad_token_that_a_run_added_before_is_still_read(tmp_path):
+    old = tiny_tokenizer(tmp_path)
+    old.add_special_tokens({"pad_token": "<|pad|>"})
+    old.save_pretrained(tmp_path)
+    tokenizer = tokens.load_tokenizer(tmp_path)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, len(tokenizer)) == ("<|pad|>", 320, 321)
+
+
+# -------------------------------------------------------------------------------------------------------- whole stages
+
+
+def run(cwd, *words, code=0):
+    ran = subprocess.run(
+        [sys.executable, "-m", "alignkit", *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+    assert ran.returncode == code, (ran.stdout + ran.stderr)[-1500:]
+    return ran.stdout
