@@ -21,7 +21,9 @@ from alignkit.types import InputError, Message, Rows
 ASKS = "strftime_now"  # what a template calls to have the date
 SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 DATE = "template_date"  # in tokenizer_config.json: the date that a model's template is told
-ROUNDS = 100_000  # that the loops over ranges of one rendering may take together: a template from elsewhere may never end
+ROUNDS = (
+    100_000  # that the loops over ranges of one rendering may take together: a template from elsewhere may never end
+)
 SAMPLED = 200  # rows of a set whose rendering is looked at before a stage starts
 
 
@@ -59,7 +61,7 @@ class Template:
                 raise OverflowError(f"it loops over more than {ROUNDS:,} numbers")
             return range(*numbers)
 
-        variables = dict(self.special) | {"messages": messages, "tools": None, "documents": None}
+        variables: dict[str, Any] = dict(self.special) | {"messages": messages, "tools": None, "documents": None}
         variables |= {ASKS: strftime_now, "range": bounded}
         try:
             return _compiled(self.text).render(variables | {"add_generation_prompt": prompt})

@@ -190,6 +190,21 @@ def of_folders(tokenizer: Path, base: Path, chat_template: str | None, told: str
     return [*notes, *ends.notes, *pad_note(words, choose_pad(with_eos(words, ends.eos), ends.stops, template))]
 
 
+def template_notes(template: Template) -> list[str]:
+    """What a person should know of a template beside its ends: where other programs would show the model other texts."""
+    notes = []
+    if system := template.own_system():
+        notes.append(
+            f"the chat template puts a system message of its own where a prompt has none: {short_repr(system)}"
+        )
+    try:
+        if not template.render(TALK, prompt=False).startswith(template.render(TALK[:1])):
+            notes.append("the template renders a conversation otherwise than the prompt in front of its answer")
+    except InputError as error:
+        notes.append(f"the template renders no conversation that ends with an answer: {error}")
+    return notes
+
+
 def with_eos(words: Words, eos: str) -> Words:
     """The same tokenizer with another eos token."""
     return replace(words, special=words.special | {"eos_token": eos})

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from alignkit import tokens
+from alignkit import ends, tokens
 from alignkit.chat import messages_of
-from alignkit.ends import TALK
-from alignkit.files import short_repr
 from alignkit.lints import Findings, answers, prompt_texts
 from alignkit.types import InputError
 
@@ -31,14 +29,13 @@ class TokenLints:
 
     def check(self, rows: list[tuple[str, Row]], findings: Findings) -> None:
         """Findings of "template", "special_token", "unknown_token" and "too_long"."""
-        kept, texts = [], []
+        kept, texts, template = [], [], tokens.template_of(self.tokenizer)
         for where, row in rows:
             try:
                 text, special = tokens.prompt_text(self.tokenizer, row["prompt"])
             except InputError as error:
                 findings.add("template", where, str(error))
                 continue
-            template = tokens.template_of(self.tokenizer)
             if template is not None and (change := template.change(messages_of(row["prompt"]), text)):
                 findings.add("template", where, ": ".join(change))
             kept.append((where, row))
@@ -89,22 +86,11 @@ def template_notes(tokenizer: Any) -> list[str]:
             "the tokenizer has no chat template: prompts are plain text, and messages are refused",
             *tokenizer.notes,
         ]
-    prompt = template.render(TALK[:1])
-    notes = list(tokenizer.notes)
-    if system := template.own_system():
-        notes.append(
-            f"the chat template puts a system message of its own where a prompt has none: {short_repr(system)}"
-        )
+    notes, prompt = [*tokenizer.notes, *ends.template_notes(template)], template.render(ends.TALK[:1])
     if bos and prompt.startswith(bos + bos):
         notes.append(f"the template writes {bos} twice: one is kept")
     elif bos and tokenizer(prompt).input_ids[:2] == [tokenizer.bos_token_id] * 2:
         notes.append(
             f"the template writes {bos} and the tokenizer adds another: one is kept here, other programs may keep both"
         )
-    try:
-        whole = template.render(TALK, prompt=False)
-    except InputError as error:
-        return [*notes, f"the template renders no conversation that ends with an answer: {error}"]
-    if not whole.startswith(prompt):
-        notes.append("the template renders a conversation otherwise than the prompt in front of its answer")
     return notes

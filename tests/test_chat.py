@@ -13,7 +13,9 @@ from alignkit.stages import _identity
 from alignkit.types import InputError
 
 DATED = "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + TEMPLATE
-SYSTEM, USER, ANSWER = ({"role": r, "content": c} for r, c in (("system", "Be brief."), ("user", "Hi  "), ("assistant", "Yo")))
+SYSTEM, USER, ANSWER = (
+    {"role": r, "content": c} for r, c in (("system", "Be brief."), ("user", "Hi  "), ("assistant", "Yo"))
+)
 TALK = [SYSTEM, USER, ANSWER, {"role": "user", "content": "café <b>&\"'</b> {{ x }}"}]
 FEATURES = {
     "plain": TEMPLATE,
@@ -157,7 +159,9 @@ def test_a_named_template_is_used_everywhere_and_is_the_default_once_saved(named
     check_template(named, "rag", "model.path=model")
     tokenizer = tokens.load_tokenizer(named, chat_template="rag")
     text = tokens.prompt_text(tokenizer, "Hello")[0]
-    assert text.startswith("rag: <|im_start|>user") and chat.template_of(named, "rag").render([USER]).startswith("rag: ")
+    assert text.startswith("rag: <|im_start|>user") and chat.template_of(named, "rag").render([USER]).startswith(
+        "rag: "
+    )
     tokens.save_tokenizer(tokenizer, run := tmp_path_factory.mktemp("run"))
     for wanted in (None, "rag"):  # a pipeline hands its setting to every stage
         later = tokens.load_tokenizer(run, chat_template=wanted)
@@ -213,6 +217,8 @@ def test_of_many_rows_some_are_looked_at_and_that_is_said():
 
 
 def test_a_system_message_that_the_template_brings_itself_is_told():
-    own = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nI am Tiny.<|im_end|>\n' }}{% endif %}" + TEMPLATE
+    own = (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nI am Tiny.<|im_end|>\n' }}{% endif %}" + TEMPLATE
+    )
     assert chat.Template(own, "t.jinja").own_system() == "I am Tiny."
     assert chat.Template(TEMPLATE, "t.jinja").own_system() is None
