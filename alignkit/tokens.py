@@ -69,10 +69,9 @@ def load_tokenizer(
         raise InputError(
             f"{path}: no tokenizer could be loaded: {first_line(error)}: check the path or the hub id"
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{path}: the tokenizer has no eos_token, so no answer could end: set it in tokenizer_config.json"
-        )
+    if tokenizer.eos_token is None or tokenizer.eos_token not in tokenizer.get_vocab():
+        odd = "no eos_token" if tokenizer.eos_token is None else f"no token for its eos_token {tokenizer.eos_token!r}"
+        raise InputError(f"{path}: the tokenizer has {odd}, so no answer could end: set it in tokenizer_config.json")
     tokenizer.chat_template = _templates(tokenizer, chat_template)
     if chat.ASKS not in json.dumps(tokenizer.chat_template):
         tokenizer.init_kwargs.pop(chat.DATE, None)

@@ -107,6 +107,24 @@ def test_an_end_outside_the_vocabulary_is_said_and_an_end_that_is_none_is_refuse
         ends.named_ends(tmp_path)
 
 
+def test_a_saved_model_names_its_ends(two, tmp_path_factory):
+    tokenizer = tokens.load_tokenizer(two)
+    hf = models.load_base(str(tiny_model(tmp_path_factory.mktemp("model"))), models.Model(path="x"), len(tokenizer))
+    tokens.name_ends(hf, tokenizer)
+    hf.save_pretrained(saved := tmp_path_factory.mktemp("saved"))
+    assert ends.named_ends(saved) == tokens.stops(tokenizer) and len(ends.named_ends(saved)) == 2
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"]) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def test_an_eos_token_outside_the_vocabulary_is_refused(tmp_path):
+    tiny_tokenizer(tmp_path)
+    changed(tmp_path, eos_token=None)
+    with pytest.raises(InputError, match=r"has no eos_token.*set it in tokenizer_config\.json"):
+        tokens.load_tokenizer(tmp_path)
+    assert ends.words_of(tmp_path) is None and ends.of_folders(tmp_path, tmp_path, None) == []
+
+
 def test_every_engine_is_given_all_ends():
     context = Context("", "", 0, 0, 3, 1, 1, stops=[3, 7])
     assert context.stop_ids(Sampling()) == [3, 7] and context.stop_ids(Sampling(stop_token_ids=[9, 7])) == [3, 7, 9]
