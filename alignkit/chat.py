@@ -165,14 +165,14 @@ def changes(template: Template, rows: Rows) -> list[str]:
     Raises:
         InputError: it refuses a row's roles, so the stage could not use the row.
     """
-    prompts = [messages_of(row["prompt"]) for row in rows]
-    roles = [tuple(message["role"] for message in prompt) for prompt in prompts]
+    prompts = [row["prompt"] for row in rows]
+    roles = [("user",) if isinstance(prompt, str) else tuple(m["role"] for m in prompt) for prompt in prompts]
     for number in {pattern: number for number, pattern in enumerate(roles)}.values():
-        template.render(prompts[number])
+        template.render(messages_of(prompts[number]))
     general = {pattern: what for pattern in set(roles) if (what := _change_of_roles(template, pattern))}
     of_roles = Counter(general[pattern] for pattern in roles if pattern in general)
     looked = range(0, len(rows), -(-len(rows) // SAMPLED) or 1)
-    texts = (template.change(prompts[number]) for number in looked if roles[number] not in general)
+    texts = (template.change(messages_of(prompts[number])) for number in looked if roles[number] not in general)
     of_texts = Counter(found[0] for found in texts if found)
     sample = f"{len(looked):,} rows" + (" looked at" if len(looked) < len(rows) else "")
     return [f"{what} in {n:,} of {len(rows):,} rows" for what, n in of_roles.items()] + [

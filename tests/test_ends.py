@@ -340,7 +340,7 @@ def test_no_row_is_made_for_padding_and_the_saved_reward_model_scores_alike_else
     )
     shape = {
         "vocab_size": 300,
-        "n_positions": 256,
+        "n_positions": 512,
         "n_embd": 32,
         "n_layer": 2,
         "n_head": 2,
