@@ -284,10 +284,8 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
     for reward in getattr(cfg, "rewards", {}).values():
         if hasattr(reward, "load"):
             reward.load()
-    spoken = (
-        f"policies.{cfg.reference}" if getattr(cfg, "reference", None) else ""
-    )  # whose tokenizer the stage will use
-    speaks = sources.get(spoken) or next(iter(sources.values()), None)
+    # The model whose tokenizer the stage will use.
+    speaks = sources.get(f"policies.{getattr(cfg, 'reference', '')}") or next(iter(sources.values()), None)
     said = _template(cfg, speaks, sources) if weights else []
     read = {}
     for data, kind, name, limit in cfg.row_sets():

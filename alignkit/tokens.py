@@ -174,7 +174,7 @@ def _loader(folder: Path, light: bool) -> Any:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """First 16 hex digits of the SHA-256 of all that makes ids of text: vocabulary, special tokens, chat template, the date that it is told.
+    """First 16 hex digits of the SHA-256 of all that makes ids of text: vocabulary, special tokens, chat template, its date.
 
     The ids of a probe text stand for what has no common form in all tokenizers: merges and normalisation.
     """

@@ -367,3 +367,5 @@ def test_the_date_that_a_template_is_told_stands_in_the_config_of_a_run(tmp_path
     assert "the chat template is told the date 2026-05-01" in said and "template_date: '2026-05-01'" in said
     assert f"the chat template is told the date {date.today().isoformat()}" in invoke(*given, cwd=work).out
     assert invoke(*given, "model.template_date=May", cwd=work).code == 2
+    whole = invoke(*command("pipeline", "dry_run=true"), cwd=work)  # of models that are still to come, too
+    assert (whole.code, whole.err) == (0, "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class PlainTokenizer:
             raise InputError(f"{folder}: the tokenizer has no eos_token: set it in tokenizer_config.json")
         template = chat.template_of(root, chat_template, template_date)
         self.chat_template = None if template is None else template.text
-        self.init_kwargs = {} if template is None else {chat.DATE: template.date}
+        day = None if template is None else template.date or date.today().isoformat()  # only lengths are taken
+        self.init_kwargs = {chat.DATE: day}
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
         @dataclass
