@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignkit import models, tokens
+from alignkit import models
 from alignkit.types import ModelSource, Rollouts, RunError, ScoredRollouts
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def text_scorer(context: Context, function: Callable[[list, list[str], list[dict
 
 def response_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
     """The valid response tokens of every row as text, without special tokens and without what ended it."""
+    from alignkit import tokens
+
     rows = zip(rollouts.response_ids.tolist(), rollouts.response_mask.tolist(), strict=True)
     kept = [[token for token, valid in zip(ids, mask, strict=True) if valid] for ids, mask in rows]
     ends = tokens.stops(tokenizer)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import models, tokens
+from alignkit import models
 from alignkit.ranges import num
 from alignkit.rewards.base import Context, Scorer
 from alignkit.types import InputError, Rollouts
@@ -58,7 +58,7 @@ class RewardModel:
         roles: list[nn.Module] = []
 
         def score(rollouts: Rollouts) -> Tensor:
-            from alignkit import batches  # imports torch
+            from alignkit import batches, tokens  # imports torch
 
             if not roles:
                 assert context.resolve is not None and context.model is not None  # given by every stage that scores

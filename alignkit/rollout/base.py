@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from alignkit import tokens
 from alignkit.ranges import num
 from alignkit.types import InputError, ModelSource, Payload, PromptBatch, Rollouts
 
@@ -171,6 +170,8 @@ class Context:
         note: Callable[[str], None] = lambda text: None,
     ) -> Context:
         """The context of a stage's config. `adapter_rank`: of what will be synced, where it is; else finetune.rank."""
+        from alignkit import tokens
+
         return cls(
             base=source.base,
             dtype=cfg.model.dtype,
