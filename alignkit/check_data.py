@@ -19,6 +19,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from alignkit import artifacts
+from alignkit.chat import date_to_tell
 from alignkit.config import STAGES
 from alignkit.data import Data, Kind
 from alignkit.explain import stray_keys
@@ -26,7 +27,7 @@ from alignkit.files import first_line
 from alignkit.lints import LINTS, REFUSED, Findings, HeldOut, RowLints
 from alignkit.progress import counting
 from alignkit.token_lints import TokenLints, template_notes
-from alignkit.tokens import load_tokenizer
+from alignkit.tokens import of_model
 from alignkit.types import InputError
 
 Row = dict[str, Any]
@@ -233,13 +234,10 @@ def _tokenizer(composed: Any) -> Any:
     """The tokenizer the stage would load; None where no model is given."""
     if OmegaConf.is_missing(composed.model, "path") or not composed.model.path:
         return None
-    source = artifacts.resolve_model(composed.model.path)
-    return load_tokenizer(
-        source.tokenizer,
-        trust_remote_code=composed.model.trust_remote_code,
-        chat_template=composed.model.chat_template,
-        light=True,
-    )
+    source, model = artifacts.resolve_model(composed.model.path), OmegaConf.to_object(composed.model)
+    if Path(source.tokenizer).is_dir():
+        model.template_date = date_to_tell([Path(source.tokenizer)], model.chat_template, model.template_date, None)
+    return of_model(source, model, light=True)
 
 
 def write_json(report: Report, path: Path) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from alignkit import adapters, weights
 from alignkit.artifacts import read_json
-from alignkit.chat import load_tokenizer, read_template, render
+from alignkit.chat import load_tokenizer, template_of
 from alignkit.models import HEAD_FILE
 from alignkit.types import InputError, ModelSource
 
@@ -207,11 +208,11 @@ def check_tokenizer(folder: Path, key: str) -> None:
 
 def check_template(folder: Path, chat_template: str | None, key: str) -> None:
     """Refuse a chat template that does not compile, refuses one user message, or leaves out what was said last."""
-    where, text = read_template(folder, chat_template)
-    if text is None:
+    template = template_of(folder, chat_template, date.today().isoformat())  # whatever day: nothing is kept of this
+    if template is None:
         return
-    if LAST not in render(text, [{"role": "user", "content": LAST}], where, key, folder):
+    if LAST not in template.render([{"role": "user", "content": LAST}], key):
         raise InputError(
-            f"{key}: the chat template {where} leaves out the last message: a prompt would not hold its question; "
+            f"{key}: the chat template {template.where} leaves out the last message: a prompt would not hold its question; "
             "mend it, or set model.chat_template to another"
         )

@@ -402,6 +402,8 @@ def config_hash(config: Any) -> str:
     elsewhere = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "verify", "launcher", "logger")
     for key in (*elsewhere, "save_steps", "keep_last", "keep_best", "max_seconds"):
         plain.pop(key, None)
+    if plain.get("model", {}).get("template_date") is None:  # as before there was such a key
+        plain.get("model", {}).pop("template_date", None)
     for rows in (plain.get("data"), plain.get("eval_data"), plain.get("ptx", {}).get("data")):
         (rows or {}).pop("lint", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -200,8 +200,8 @@ def truncated(run: Run) -> Finding | None:
         (
             "algorithm.missing_eos=replace, so that endless answers do not pay"
             if fell and run.get("algorithm.missing_eos") != "replace"
-            else f"rollout.max_new_tokens={2 * slots}, or rollout.stop_token_ids=[…] if the template ends answers with "
-            "another token than the tokenizer's eos"
+            else f"rollout.max_new_tokens={2 * slots}, or rollout.stop_token_ids=[…] if answers end with a token "
+            "that neither tokenizer, template nor generation_config.json names as an end"
         ),
     )
 

@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from alignkit import loaded, quantised
 from alignkit.loaded import copy_adapter as copy_adapter
+from alignkit.ranges import check_date
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
@@ -33,11 +34,13 @@ class Model:
     path: str = MISSING  # hub id, folder, a finished run (runs/<name>/sft) or demo:smollm2-135m-instruct
     dtype: str = "float32"  # float32 | bfloat16
     trust_remote_code: bool = False  # run Python code that comes with the model
-    chat_template: str | None = None  # a file with a Jinja chat template; None: the tokenizer's own
+    chat_template: str | None = None  # a file with a Jinja template, or the name of one of the model's; None: its own
+    template_date: str | None = None  # YYYY-MM-DD that a chat template is told; None: of the model's run, else today
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"model.dtype={self.dtype!r}: expected float32 or bfloat16")
+        check_date("model.template_date", self.template_date)
 
 
 def load_base(
@@ -287,6 +290,7 @@ def make_roles(
             for head in heads.values():  # called as modules, so that ZeRO-3 gathers their weights
                 head.forward = partial(apply_head, head)
             self.trunk_critic = trunk_critic
+            self.ends: list[int] = []  # ids that end a response; the reward model was trained on the first
             sharing = list(self.role_of.values()).count(0)
             self.blocks = shared_blocks(unique[0]) if sharing > 1 else 0
 
@@ -306,6 +310,9 @@ def make_roles(
         def forward(self, role, ids, mask, starts, response_slots, temperature=1.0, entropy=False, lower=None):
             switch(role)
             hf = self.model(role)
+            if role == "reward_model" and len(self.ends) > 1:
+                read = F.with_one_end(ids, mask, self.ends)
+                ids, lower = read, (None if is_cut(hf) or not torch.equal(read, ids) else lower)
             if lower is None or self.role_of[role] != 0:
                 hidden = trunk_hidden(hf, ids, mask)
             else:

@@ -253,12 +253,12 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
         {role: ModelSource} of those that exist now.
     """
     from alignkit import artifacts, hashes, lints
-    from alignkit.chat import check_fits
+    from alignkit.chat import check_fits, template_of
     from alignkit.check_model import check_source
     from alignkit.rules import model_contradictions
     from alignkit.types import InputError
 
-    sources = {}
+    sources: dict[str, Any] = {}
     for role, path in cfg.inputs().items():
         if path not in later:
             key = f"{role}.path" if role.startswith("rewards.") or "." not in role else role
@@ -290,19 +290,59 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
     for reward in getattr(cfg, "rewards", {}).values():
         if hasattr(reward, "load"):
             reward.load()
-    speaks = next(iter(sources.values()), None)  # the model whose tokenizer the stage will use
+    # The model whose tokenizer the stage will use.
+    speaks = sources.get(f"policies.{getattr(cfg, 'reference', '')}") or next(iter(sources.values()), None)
+    said = _template(cfg, speaks, sources) if weights else []
     read = {}
     for data, kind, name, limit in cfg.row_sets():
         if (data.path or data is cfg.data) and not any(data.path.startswith(f"{folder}/") for folder in later):
             rows = data.rows(kind)
-            if speaks is not None and weights:
-                check_fits(rows, limit, name, Path(speaks.tokenizer), cfg.model.chat_template)
+            if speaks is not None and weights and Path(speaks.tokenizer).is_dir():
+                folder = Path(speaks.tokenizer)
+                template = template_of(folder, cfg.model.chat_template, cfg.model.template_date)
+                check_fits(rows, limit, name, folder, template)
+                said += _changes(cfg.stage, data, rows, template)
             if key := {id(cfg.data): "data", id(getattr(cfg, "eval_data", None)): "eval_data"}.get(id(data)):
                 read[key] = (data, rows)
-    for line in lints.at_start(cfg.stage, read):
+    for line in said + lints.at_start(cfg.stage, read):
         if tell:
             print(f"{cfg.stage:<9} {line}")
     return sources
+
+
+def _template(cfg: Any, speaks: Any, sources: dict[str, Any]) -> list[str]:
+    """Set `model.template_date` where a template asks for one; what there is to say of the model's template and ends."""
+    from alignkit import artifacts, ends
+    from alignkit.chat import date_to_tell
+
+    if speaks is None or not Path(speaks.tokenizer).is_dir():
+        return []
+    folders = [Path(source.tokenizer) for source in (speaks, *sources.values()) if Path(source.tokenizer).is_dir()]
+    kept = artifacts.plain_config(cfg.run_dir) if (cfg.run_dir / "config.yaml").is_file() else {}
+    model = cfg.model
+    before = kept.get("model", {}).get("template_date")
+    model.template_date = date_to_tell(folders, model.chat_template, model.template_date, before)
+    lines = ends.of_folders(Path(speaks.tokenizer), Path(speaks.base), model.chat_template, model.template_date)
+    told = f"the chat template is told the date {model.template_date}"
+    return [*([told] if model.template_date else []), *lines]
+
+
+def _changes(stage: str, data: Any, rows: Any, template: Any) -> list[str]:
+    """What the chat template drops or changes in the prompts of a set, in one line.
+
+    Raises:
+        InputError: something, and the set is strict; or the template refuses a row.
+    """
+    from alignkit.chat import changes
+    from alignkit.types import InputError
+
+    found = changes(template, rows) if template is not None and data.lint != "off" else []
+    if not found:
+        return []
+    line = f"{data.path}: the chat template {'; '.join(found)}: see them with `alignkit check data {stage} …`"
+    if data.lint == "strict":
+        raise InputError(f"{line}; lint=strict takes none")
+    return [line]
 
 
 def _check_adapters(cfg: Any, sources: dict[str, Any]) -> None:

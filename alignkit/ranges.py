@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import field, fields, is_dataclass
+from datetime import date
 from typing import Any
 
 from alignkit.types import InputError
@@ -67,3 +69,11 @@ def _words(name: str, gt=None, ge=None, lt=None, le=None) -> str:
         return f"a number from {ge} to {le}"
     low = f"{gt} < " if gt is not None else f"{ge} <= " if ge is not None else ""
     return f"{low}{name} {'<' if lt is not None else '<='} {lt if lt is not None else le}"
+
+
+def check_date(key: str, value: str | None) -> None:
+    """Raise InputError where `value` is given and is no date as 2026-05-31."""
+    with contextlib.suppress(ValueError):
+        if value is None or date.fromisoformat(value).isoformat() == value:
+            return
+    raise InputError(f"{key}={value!r}: expected a date as 2026-05-31")

@@ -61,7 +61,7 @@ def readers(cfg: Any) -> dict[str, Callable[[], str]]:
     for name, reward in getattr(cfg, "rewards", {}).items():
         if hasattr(reward, "load"):
             found[f"rewards.{name}.target"] = partial(_source, reward)
-    if cfg.model.chat_template:
+    if cfg.model.chat_template and Path(cfg.model.chat_template).is_file():  # a text or a name stands for itself
         found["model.chat_template"] = partial(_file, cfg.model.chat_template)
     return found
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit import chat, ends
 from alignkit.data import fingerprint
-from alignkit.files import first_line, looks_like_a_file, near_files, read_text, short_repr
-from alignkit.types import InputError, PromptBatch, Rows
+from alignkit.files import first_line, looks_like_a_file
+from alignkit.types import InputError, ModelSource, PromptBatch, Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,20 +24,31 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# Tokens that models keep for padding or for nothing, best first.
-PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "[PAD]", "<pad>", "<|fim_pad|>", "<|endoftext|>", "<unk>")
-
 
 def load_tokenizer(
-    path: str | Path, *, trust_remote_code: bool = False, chat_template: str | None = None, light: bool = False
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    template_date: str | None = None,
+    base: str | Path | None = None,
+    light: bool = False,
 ):
     """The tokenizer of a folder or hub id, ready for this project.
 
-    Its pad token exists and is not the eos token, so that eos is learnt and never masked: where the model has none of
-    its own, one that no text encodes to (`PAD_TOKENS`), else a new '<|pad|>' (then `len(tokenizer)` is above the
-    model's embedding, which whoever loads the model must resize). Padding is on the left. `chat_template` replaces the
-    template: a Jinja text, or a file of it. `light` goes without torch where the folder allows it. Raises InputError for
-    what is no tokenizer or has no eos.
+    Its eos token is what an answer ends with (`ends.decide`); `stops(tokenizer)` are all ids that a rollout stops at, and
+    `tokenizer.notes` what there is to say of them. Its pad token exists and is not the eos token, so that eos is learnt
+    and never masked; where the model has none of its own, `ends.choose_pad` takes a token it has. Padding is on the left.
+    Save it with `save_tokenizer`.
+
+    Args:
+        chat_template: replaces the template: a Jinja text, a file of it, or the name of one of the model's own.
+        template_date: the date that a template is told which asks for one; None: the one the folder keeps, if any.
+        base: folder or hub id with the model's generation_config.json; None: `path`.
+        light: go without torch where the folder allows it.
+
+    Raises:
+        InputError: it is no tokenizer, has no eos, or has several templates and none was asked for.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -56,15 +69,91 @@ def load_tokenizer(
         raise InputError(
             f"{path}: no tokenizer could be loaded: {first_line(error)}: check the path or the hub id"
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{path}: the tokenizer has no eos_token, so no answer could end: set it in tokenizer_config.json"
-        )
-    if chat_template is not None:
-        tokenizer.chat_template = _template(chat_template)
-    _ensure_pad(tokenizer)
+    if tokenizer.eos_token is None or tokenizer.eos_token not in tokenizer.get_vocab():
+        odd = "no eos_token" if tokenizer.eos_token is None else f"no token for its eos_token {tokenizer.eos_token!r}"
+        raise InputError(f"{path}: the tokenizer has {odd}, so no answer could end: set it in tokenizer_config.json")
+    tokenizer.chat_template = _templates(tokenizer, chat_template)
+    if chat.ASKS not in json.dumps(tokenizer.chat_template):
+        tokenizer.init_kwargs.pop(chat.DATE, None)
+    elif template_date is not None:
+        tokenizer.init_kwargs[chat.DATE] = template_date  # saved with the tokenizer
+    words, rendered = ends.reader(tokenizer), template_of(tokenizer)
+    end = ends.decide(words, rendered, ends.named_ends(_generation_config(base or path)))
+    pad = ends.choose_pad(ends.with_eos(words, end.eos), end.stops, rendered)
+    tokenizer.stops, tokenizer.notes = list(end.stops), [*end.notes, *ends.pad_note(words, pad)]
+    if tokenizer.eos_token != end.eos:
+        tokenizer.eos_token = end.eos
+    if pad is not None:
+        if not pad.control:  # a word: as a special token of a file it would be cut out of texts
+            tokenizer.own_pad = tokenizer.pad_token
+        tokenizer.pad_token = pad.token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def of_model(source: ModelSource, model: Any, note: Callable[[str], None] | None = None, light: bool = False):
+    """`load_tokenizer` of a resolved model under a stage's `model` settings.
+
+    `note` is told of its ends where the command could not look at them before the start: of a hub id.
+    """
+    tokenizer = load_tokenizer(
+        source.tokenizer,
+        trust_remote_code=model.trust_remote_code,
+        chat_template=model.chat_template,
+        template_date=model.template_date,
+        base=source.base,
+        light=light,
+    )
+    if note is not None and not Path(source.tokenizer).is_dir():
+        for line in tokenizer.notes:
+            note(line)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write it so that `load_tokenizer` gives the same again."""
+    pad = tokenizer.pad_token
+    if hasattr(tokenizer, "own_pad"):
+        tokenizer.pad_token = tokenizer.own_pad
+    tokenizer.save_pretrained(folder)
+    tokenizer.pad_token = pad
+
+
+def name_ends(hf, tokenizer) -> None:
+    """Let the config and the generation config that are saved with a model name the ends and the padding it has here."""
+    config, generation, ends = hf.config.get_text_config(), getattr(hf, "generation_config", None), stops(tokenizer)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if generation is not None:
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+        generation.pad_token_id = tokenizer.pad_token_id
+
+
+def stops(tokenizer) -> list[int]:
+    """The ids that end a rollout, the eos first."""
+    return list(dict.fromkeys([tokenizer.eos_token_id, *getattr(tokenizer, "stops", [])]))
+
+
+def _generation_config(path: str | Path) -> Path:
+    """The folder of a model's generation_config.json: its own, or of a hub id the one in the hub's cache."""
+    if Path(path).expanduser().is_dir() or looks_like_a_file(str(path)):
+        return Path(path).expanduser()
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        str(path), "generation_config.json", _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return Path(found).parent if found else Path(path)
+
+
+def _templates(tokenizer, chat_template: str | None) -> Any:
+    """The chat template of a tokenizer, or {name: template} with the one in use as "default"."""
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {} if own is None else {"default": own}
+    if chat_template is None or chat_template in named:
+        default = chat.choose(named, chat_template, str(tokenizer.name_or_path))
+        return {**named, "default": default} if isinstance(own, dict) else own
+    return chat.given_template(chat_template, list(named))
 
 
 def _loader(folder: Path, light: bool) -> Any:
@@ -84,40 +173,19 @@ def _loader(folder: Path, light: bool) -> Any:
     return AutoTokenizer
 
 
-def _ensure_pad(tokenizer) -> None:
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return
-    vocabulary = tokenizer.get_vocab()
-    # Where rare text comes out as <unk>, <unk> is a token of texts and no padding.
-    in_texts = set(tokenizer("a \u2603 \U0001f9ff \u0e01", add_special_tokens=False).input_ids)
-    for token in PAD_TOKENS:
-        index = vocabulary.get(token)
-        if index is not None and index not in in_texts and index != tokenizer.eos_token_id:
-            tokenizer.pad_token = token
-            return
-    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-
-
-def _template(template: str) -> str:
-    if "{" in template:
-        return template
-    path = Path(template).expanduser()
-    if not path.is_file():
-        raise InputError(f"chat_template={short_repr(template)}: neither a Jinja text nor a file{near_files(path)}")
-    return read_text(path)
-
-
 def tokenizer_hash(tokenizer) -> str:
-    """First 16 hex digits of the SHA-256 of all that makes ids of text: vocabulary, special tokens, chat template.
+    """First 16 hex digits of the SHA-256 of all that makes ids of text: vocabulary, special tokens, chat template, its date.
 
     The ids of a probe text stand for what has no common form in all tokenizers: merges and normalisation.
     """
     probe = "The 12 quick foxes' naïve café — don't jump!\n\tOK? ABCdef"
+    told = tokenizer.init_kwargs.get(chat.DATE)
     return fingerprint(
         [
             tokenizer.get_vocab(),
             {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
-            {"template": tokenizer.chat_template, "probe": tokenizer(probe).input_ids},
+            {"template": tokenizer.chat_template, "probe": tokenizer(probe).input_ids}
+            | ({"date": told} if told else {}),
         ]
     )
 
@@ -135,24 +203,28 @@ def encode_prompt(tokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
 
 def prompt_text(tokenizer, prompt: str | list[dict[str, str]]) -> tuple[str, bool]:
     """A prompt as the text that is tokenised, and whether the tokenizer adds its special tokens to it."""
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise InputError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template, so messages cannot be encoded: "
-                "set model.chat_template, or give plain text prompts"
-            )
-        return prompt, True
-    from jinja2 import TemplateError
-
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), False
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
+    template = template_of(tokenizer)
+    if template is not None:
+        return template.render(chat.messages_of(prompt), str(tokenizer.name_or_path) or "model.path"), False
+    if not isinstance(prompt, str):
         raise InputError(
-            f"{tokenizer.name_or_path}: its chat template refuses messages of {roles}: {first_line(error)}: "
-            "change the messages or set model.chat_template"
-        ) from error
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template, so messages cannot be encoded: "
+            "set model.chat_template, or give plain text prompts"
+        )
+    return prompt, True
+
+
+def template_of(tokenizer) -> chat.Template | None:
+    """The chat template that prompts are rendered with, and all that its text depends on.
+
+    Raises:
+        InputError: it has several, and none is the default.
+    """
+    text, name = tokenizer.chat_template, str(tokenizer.name_or_path)
+    if isinstance(text, dict):
+        text = chat.choose(text, None, name or "the tokenizer")
+    special = tuple(tokenizer.special_tokens_map.items())
+    return None if text is None else chat.Template(text, f"of {name}", special, tokenizer.init_kwargs.get(chat.DATE))
 
 
 def prompt_ids(tokenizer, ids: list[int]) -> list[int]:

@@ -9,6 +9,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -331,3 +332,40 @@ def test_a_template_may_use_what_transformers_offers(tmp_path):
     write_rows(work / "rows.jsonl", ANSWER)
     result = invoke(*command("sft", "model.path=model", "data.path=rows.jsonl", "dry_run=true"), cwd=work)
     assert (result.code, result.err) == (0, "")
+
+
+def test_what_a_template_changes_is_said_alike_by_a_check_and_a_dry_run_and_refused_where_data_is_strict(tmp_path):
+    from test_cli import invoke
+
+    work = make_work(tmp_path / "work")
+    template = (work / TEMPLATE).read_text()
+    (work / TEMPLATE).write_text("{% set messages = messages[-1:] %}" + template.replace("<|im_end|>", "</end>"))
+    system = {"role": "system", "content": "Be brief."}
+    prompts = [[system, {"role": "user", "content": f"Hi {i}"}] for i in range(3)]
+    write_rows(work / "rows.jsonl", *({"prompt": prompt, "completion": "Yo."} for prompt in prompts), ANSWER)
+    given = ["model.path=model", "data.path=rows.jsonl"]
+    checked = invoke("check", "data", "sft", *given, cwd=work)
+    started = invoke(*command("sft", *given, "dry_run=true"), cwd=work)
+    assert "drops system messages: the rendered prompt does not contain 'Be brief.'" in checked.out
+    assert "rows.jsonl: the chat template drops system messages in 3 of 4 rows" in started.out
+    for said in (checked.out, started.out):
+        assert "the template closes an answer with '</end>', training closes it with the eos token '<|im_end|>'" in said
+    strict = invoke(*command("sft", *given, "data.lint=strict"), cwd=work)
+    assert strict.code == 2 and "drops system messages in 3 of 4 rows" in strict.err and strict.err.count("\n") == 1
+
+
+def test_the_date_that_a_template_is_told_stands_in_the_config_of_a_run(tmp_path):
+    from test_cli import invoke
+
+    work = make_work(tmp_path / "work")
+    template = (work / TEMPLATE).read_text()
+    write_rows(work / "rows.jsonl", ANSWER)
+    given = command("sft", "model.path=model", "data.path=rows.jsonl", "dry_run=true")
+    assert "template_date: null" in invoke(*given, cwd=work).out
+    (work / TEMPLATE).write_text("{{ strftime_now('%d %b %Y') }}" + template)
+    said = invoke(*given, "model.template_date=2026-05-01", cwd=work).out
+    assert "the chat template is told the date 2026-05-01" in said and "template_date: '2026-05-01'" in said
+    assert f"the chat template is told the date {date.today().isoformat()}" in invoke(*given, cwd=work).out
+    assert invoke(*given, "model.template_date=May", cwd=work).code == 2
+    whole = invoke(*command("pipeline", "dry_run=true"), cwd=work)  # of models that are still to come, too
+    assert (whole.code, whole.err) == (0, "")

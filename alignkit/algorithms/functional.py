@@ -27,6 +27,7 @@ from alignkit.algorithms.shaping import (  # noqa: F401  these are names of this
     missing_eos,
     score_gain_bias,
     truncate_at_stop,
+    with_one_end,
 )
 from alignkit.types import Metrics
 

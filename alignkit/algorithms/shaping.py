@@ -32,6 +32,15 @@ def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
     return scores if limit is None else scores.clamp(-limit, limit)
 
 
+def with_one_end(ids: Tensor, mask: Tensor, ends: Sequence[int]) -> Tensor:
+    """ids [B, L] in which a row that ends with one of `ends` ends with the first of them."""
+    slots = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, slots, -1).amax(dim=1, keepdim=True).clamp(min=0)
+    end = ids.gather(1, last)
+    ended = torch.isin(end, torch.tensor(ends, device=ids.device)) & mask.gather(1, last)
+    return ids.scatter(1, last, end.masked_fill(ended, ends[0]))
+
+
 def missing_eos(scores: Tensor, finished: Tensor, mode: str = "replace", value: float = -1.0) -> Tensor:
     """`scores` [B] with a penalty where not `finished` [B]; after normalising and clipping, so it keeps its meaning.
 

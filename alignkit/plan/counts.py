@@ -7,14 +7,14 @@ as an estimate (`Rows.exact`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from alignkit import tokens
+from alignkit import chat, tokens
 from alignkit.types import InputError
 
 SAMPLE = 5000  # rows that are tokenised at most: under a second
@@ -27,7 +27,7 @@ class PlainTokenizer:
         InputError: the folder has no tokenizer.json, or no end token.
     """
 
-    def __init__(self, folder: str, chat_template: str | None = None) -> None:
+    def __init__(self, folder: str, chat_template: str | None = None, template_date: str | None = None) -> None:
         from tokenizers import Tokenizer
 
         root = Path(folder)
@@ -39,61 +39,16 @@ class PlainTokenizer:
         self.backend = Tokenizer.from_file(str(root / "tokenizer.json"))
         self.backend.no_truncation()
         self.backend.no_padding()
-        settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (root / name).is_file():
-                settings |= json.loads((root / name).read_text())
-        named = {key: self._text(value) for key, value in settings.items() if key.endswith("_token")}
-        self.special = {key: text for key, text in named.items() if text is not None}
+        self.special_tokens_map = dict(chat.special_tokens(root))
         self.bos_token_id, self.eos_token_id = (
-            self.backend.token_to_id(self.special[key]) if key in self.special else None
-            for key in ("bos_token", "eos_token")
+            self.backend.token_to_id(self.special_tokens_map.get(key, "")) for key in ("bos_token", "eos_token")
         )
         if self.eos_token_id is None:
             raise InputError(f"{folder}: the tokenizer has no eos_token: set it in tokenizer_config.json")
-        file = root / "chat_template.jinja"
-        own = file.read_text() if file.is_file() else settings.get("chat_template")
-        if isinstance(own, list):
-            own = next((item["template"] for item in own if item.get("name") == "default"), None)
-        self.chat_template = own if chat_template is None else tokens._template(chat_template)
-        self.compiled: Any = self._compile(self.chat_template) if self.chat_template else None
-
-    @staticmethod
-    def _text(value: Any) -> str | None:
-        return value.get("content") if isinstance(value, dict) else value if isinstance(value, str) else None
-
-    @staticmethod
-    def _compile(template: str) -> Any:
-        """The template in the environment that transformers renders it in."""
-        from datetime import datetime
-
-        from jinja2 import TemplateError
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        class Generation(Extension):
-            """`{% generation %}` marks the assistant's part; what stands in it is printed."""
-
-            tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = lambda x, indent=None, **_: json.dumps(x, ensure_ascii=False, indent=indent)
-        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        return environment.from_string(template)
-
-    def apply_chat_template(self, messages: list, add_generation_prompt: bool, tokenize: bool) -> str:
-        return self.compiled.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.special
-        )
+        template = chat.template_of(root, chat_template, template_date)
+        self.chat_template = None if template is None else template.text
+        day = None if template is None else template.date or date.today().isoformat()  # only lengths are taken
+        self.init_kwargs = {chat.DATE: day}
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
         @dataclass

@@ -126,7 +126,7 @@ def make(cfg: Any, model: Model, device: memory.Device, planned: int | None = No
     try:
         config = find_config(model.base)
         near = model.tokenizer if Path(model.tokenizer).is_dir() or config is None else str(config.parent)
-        tokenizer = counts.PlainTokenizer(near, cfg.model.chat_template)
+        tokenizer = counts.PlainTokenizer(near, cfg.model.chat_template, cfg.model.template_date)
     except InputError as error:
         notes.append(f"tokens are not counted: {error}")
     try:

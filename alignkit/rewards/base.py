@@ -53,9 +53,13 @@ def text_scorer(context: Context, function: Callable[[list, list[str], list[dict
 
 
 def response_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
-    """The valid response tokens of every row as text, without special tokens."""
+    """The valid response tokens of every row as text, without special tokens and without what ended it."""
+    from alignkit import tokens
+
     rows = zip(rollouts.response_ids.tolist(), rollouts.response_mask.tolist(), strict=True)
     kept = [[token for token, valid in zip(ids, mask, strict=True) if valid] for ids, mask in rows]
+    ends = tokens.stops(tokenizer)
+    kept = [ids[:-1] if ids and ids[-1] in ends else ids for ids in kept]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 

@@ -58,7 +58,7 @@ class RewardModel:
         roles: list[nn.Module] = []
 
         def score(rollouts: Rollouts) -> Tensor:
-            from alignkit import batches  # imports torch
+            from alignkit import batches, tokens  # imports torch
 
             if not roles:
                 assert context.resolve is not None and context.model is not None  # given by every stage that scores
@@ -67,6 +67,7 @@ class RewardModel:
                         context.device
                     )
                 )
+                roles[0].ends = tokens.stops(context.tokenizer)
             ids, mask, starts = (part.to(context.device) for part in rollouts.flush_left())
             slots = rollouts.response_ids.shape[1]
             return batches.map_rows(

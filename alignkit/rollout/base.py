@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +26,7 @@ class Sampling:
 
     temperature: float = num(1.0, gt=0)  # of the sampler, policy, old, reference and entropy alike
     max_new_tokens: int = num(64, ge=1)  # slots of a response, the stop token included
-    stop_token_ids: list[int] | None = None  # stop there as well as at the tokenizer's eos
+    stop_token_ids: list[int] | None = None  # stop there as well as at what ends an answer of the model
     top_p: float = num(1.0, gt=0, le=1)  # sample from the likeliest tokens that hold this much probability; 1: from all
     top_k: int = num(0, ge=0)  # sample from the so many likeliest tokens; 0: from all
     min_tokens: int = num(0, ge=0)  # no stop token before so many tokens
@@ -124,6 +124,11 @@ class Context:
     scratch: Path | None = None  # where adapters lie on their way to the engine; None: the temporary folder
     tokenizer: str = ""  # hub id or folder, for engines in other processes
     note: Callable[[str], None] = lambda text: None  # tell the person who watches the run
+    stops: Sequence[int] = ()  # what ends a response of this model, beside eos_id
+
+    def stop_ids(self, law: Sampling) -> list[int]:
+        """What ends a response under `law`: what does in this model, and rollout.stop_token_ids."""
+        return list(dict.fromkeys([self.eos_id, *self.stops, *(law.stop_token_ids or [])]))
 
     @property
     def rank(self) -> int:
@@ -165,12 +170,15 @@ class Context:
         note: Callable[[str], None] = lambda text: None,
     ) -> Context:
         """The context of a stage's config. `adapter_rank`: of what will be synced, where it is; else finetune.rank."""
+        from alignkit import tokens
+
         return cls(
             base=source.base,
             dtype=cfg.model.dtype,
             seed=cfg.seed,
             max_model_len=cfg.max_prompt_length + cfg.rollout.max_new_tokens,
             eos_id=tokenizer.eos_token_id,
+            stops=tokens.stops(tokenizer),
             pad_id=tokenizer.pad_token_id,
             max_sequences=max_sequences,
             trust_remote_code=cfg.model.trust_remote_code,

@@ -57,7 +57,7 @@ class HFSampler:
         ids = prompts.prompt_ids.repeat_interleave(group_size, 0).to(hf.device)
         mask = prompts.prompt_mask.repeat_interleave(group_size, 0).to(hf.device)
         streams = [torch.Generator(hf.device).manual_seed(s) for s in stream_seeds(prompts, group_size, seed, step)]
-        stops = torch.tensor([context.eos_id, *(law.stop_token_ids or [])], device=hf.device)
+        stops = torch.tensor(context.stop_ids(law), device=hf.device)
         slots = law.max_new_tokens
         rows, done, cache = len(ids), torch.zeros(len(ids), dtype=torch.bool, device=hf.device), None
         cut = is_cut(hf)

@@ -257,7 +257,7 @@ class ServerSampler:
                 "model": adapter or "base", "prompt": ids, "max_tokens": slots, "temperature": law.temperature,
                 "top_p": law.top_p, "top_k": law.top_k, "min_tokens": law.min_tokens, "seed": stream,
                 "logprobs": 0, "return_token_ids": True, "ignore_eos": True,
-                "stop_token_ids": [self.context.eos_id, *(law.stop_token_ids or [])],
+                "stop_token_ids": self.context.stop_ids(law),
             }
             for ids, stream in zip(texts, seeds, strict=True)
         ]  # fmt: skip

@@ -181,7 +181,7 @@ class VLLMSampler:
                 max_tokens=slots,
                 logprobs=0,
                 seed=stream,
-                stop_token_ids=[self.context.eos_id, *(law.stop_token_ids or [])],
+                stop_token_ids=self.context.stop_ids(law),
                 detokenize=False,
             )
             for stream in stream_seeds(prompts, group_size, seed, step)

@@ -77,14 +77,14 @@ def as_rollouts(texts: list[dict[str, Any]], tokenizer: Any) -> Rollouts:
 
 
 def same_ids(rollouts: Rollouts, tokenizer: Any) -> tuple[int, int]:
-    """(how many finished responses have the very ids, end token included, that their text encodes to, how many finished).
+    """(how many finished responses have the very ids that their text encodes to, how many finished), whichever end they have.
 
     A sampler may reach a text by other tokens than the tokenizer would; scores are taken of the sampled ones.
     """
-    same = finished = 0
+    same, finished, ends = 0, 0, tokens.stops(tokenizer)
     for ids, mask, done in zip(rollouts.response_ids, rollouts.response_mask, rollouts.finished, strict=True):
         kept = ids[mask].tolist()
-        if done and kept[-1] == tokenizer.eos_token_id:
-            text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            same, finished = same + (tokens.encode_response(tokenizer, text) == kept), finished + 1
+        if done and kept[-1] in ends:
+            text = tokenizer.decode(kept[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            same, finished = same + (tokens.encode_response(tokenizer, text)[:-1] == kept[:-1]), finished + 1
     return same, finished

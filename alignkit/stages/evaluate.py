@@ -23,9 +23,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     sources = {name: artifacts.resolve_model(path, f"policies.{name}") for name, path in cfg.policies.items()}
     reference = cfg.reference or next(iter(sources))
     main_source = sources[reference]
-    tokenizer = tokens.load_tokenizer(
-        main_source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
-    )
+    tokenizer = tokens.of_model(main_source, cfg.model, log.note)
     artifacts.check_tokenizer(sources, tokens.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
     prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)

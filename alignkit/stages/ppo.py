@@ -29,9 +29,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
 
     # 1. Prompts, and the data of PPO-ptx.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.load_tokenizer(
-        source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
-    )
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     rows = cfg.data.rows("prompt")
     prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
@@ -49,6 +47,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     with log.progress("loading the models", 0):
         critic = cfg.critic if algorithm.needs_critic else None
         roles = cfg.finetune.roles(cfg.model, source, reward_source, len(tokenizer), critic, cfg.seed)
+        roles.ends = tokens.stops(tokenizer)
         engines = {
             role: Engine(
                 roles, parameters, optimizer, cfg.deepspeed, world,
@@ -194,8 +193,9 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     # 11. The model for the next stage.
     with gathered(roles.model("policy")):
         if world.rank == 0:
+            tokens.name_ends(roles.model("policy"), tokenizer)
             cfg.finetune.save(roles, cfg.run_dir / "model")
-            tokenizer.save_pretrained(cfg.run_dir / "model")
+            tokens.save_tokenizer(tokenizer, cfg.run_dir / "model")
     facts = artifacts.describe(
         source,
         tokenizer_hash=tokens.tokenizer_hash(tokenizer),

@@ -17,9 +17,7 @@ from alignkit.stages import _card, _identity, _trl
 def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Pairs and tokens; the split is by prompt.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.load_tokenizer(
-        source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
-    )
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     artifacts.check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
     rows, held_out = _trl.split_rows(cfg)
     train, dropped = tokens.preference_dataset(rows, tokenizer, cfg.max_length)
@@ -67,10 +65,11 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
 
     # 4. Write the model and its head; the head's bias moves the mean score to 0, and its weight the spread to 1.
     model_dir = cfg.run_dir / "model"
+    tokens.name_ends(hf, tokenizer)
     trainer.save_model(str(model_dir))
     with gathered(_head_of(trainer.model)):
         if world.rank == 0:
-            tokenizer.save_pretrained(model_dir)
+            tokens.save_tokenizer(tokenizer, model_dir)
             models.save_head(normalised_head(trainer.model, mean, std, cfg.normalize), model_dir)
             _identity.write(rows, tokenizer, model_dir)
     adapter = (model_dir / "adapter_config.json").is_file()

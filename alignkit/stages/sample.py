@@ -17,9 +17,7 @@ from alignkit.types import InputError
 def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Policy, prompts and the engine that answers them.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.load_tokenizer(
-        source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
-    )
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     artifacts.check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
     prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)

@@ -15,9 +15,7 @@ from alignkit.stages import _trl
 def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Rows and tokens.
     source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.load_tokenizer(
-        source.tokenizer, trust_remote_code=cfg.model.trust_remote_code, chat_template=cfg.model.chat_template
-    )
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     rows, held_out = _trl.split_rows(cfg)
     train, dropped = tokens.sft_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training rows: {dropped.describe()}")
@@ -56,9 +54,10 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     metrics = _trl.train(trainer, cfg, world, log)
     if evaluation is not None:
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+    tokens.name_ends(hf, tokenizer)
     trainer.save_model(str(cfg.run_dir / "model"))
     if world.rank == 0:
-        tokenizer.save_pretrained(cfg.run_dir / "model")
+        tokens.save_tokenizer(tokenizer, cfg.run_dir / "model")
     facts = artifacts.describe(
         source,
         tokenizer_hash=tokens.tokenizer_hash(tokenizer),
