@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import quantised
+from alignkit import architectures, quantised
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def load_base(
             setattr(config, key, 0.0)
     for key, value in kwargs.items():
         setattr(config, key, value)
-    hf = getattr(transformers, auto_class).from_pretrained(
+    hf = architectures.auto_class(auto_class, config).from_pretrained(
         path,
         config=config,
         dtype=getattr(torch, model.dtype),
@@ -296,7 +296,7 @@ def make_roles(
             hidden = response_hidden(hidden, starts, response_slots)
             if role == "critic":
                 return self.heads[role](hidden)
-            logits = hf.get_output_embeddings()(hidden)[..., : hf.trained_rows]
+            logits = architectures.logits_of(hf, hidden)[..., : hf.trained_rows]
             at = _response_slots(starts, response_slots, ids.shape[1])
             labels = ids.gather(1, at).masked_fill(~mask.gather(1, at), 0)
             logprobs = F.response_logprobs(logits, labels, temperature)
@@ -318,6 +318,11 @@ def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight as its checkpoint names it, tied copies once, those in 4 bits as they are computed with."""
+    return architectures.checkpoint_names(hf, held_weights(hf))
+
+
+def held_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The same, as the module names them."""
     packed = {f"{name}.weight": layer for name, layer in quantised.layers(hf).items()}
     tied = set(getattr(hf, "_tied_weights_keys", None) or ()) if hf.config.tie_word_embeddings else set()
     embeddings = {p.data_ptr() for m in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in m.parameters()}

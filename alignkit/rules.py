@@ -7,8 +7,10 @@ What one field may be by itself stands beside it (`ranges.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
+from alignkit import architectures
 from alignkit.rollout.base import LORA_RANKS
 
 MAX_RANK = LORA_RANKS[-1]  # vLLM's

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit import models
+from alignkit import architectures, models
 from alignkit.finetune.critic import Critic
 from alignkit.ranges import num
 from alignkit.types import InputError, Payload
@@ -180,6 +180,9 @@ class LoRA:
 
     def sync_payload(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight of the base with the policy adapter folded in; the base itself is not touched."""
+        return architectures.checkpoint_names(roles.model("policy"), self._folded(roles))
+
+    def _folded(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
         import torch
         from peft.tuners.lora import LoraLayer
 
@@ -189,7 +192,7 @@ class LoRA:
             for name, module in hf.named_modules()
             if isinstance(module, LoraLayer) and "policy" in module.lora_A
         }
-        for name, tensor in models.named_weights(hf):
+        for name, tensor in models.held_weights(hf):
             if ".lora_" in name:
                 continue
             name = name.replace(".base_layer.", ".")
