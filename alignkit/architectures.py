@@ -34,7 +34,7 @@ ENCODERS = frozenset(
     """.split()
 )
 # Decoders that vLLM has no code for, and whose own attention it cannot take the place of.
-UNSERVED = frozenset("biogpt codegen cpmant gpt_neo gpt_neox_japanese mpt openai-gpt reformer xglm xlnet".split())
+UNSERVED = frozenset("biogpt blt codegen cpmant gpt_neo gpt_neox_japanese mpt openai-gpt reformer xglm xlnet".split())
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # dimensions that the attention of vLLM's CPU build takes
 
 

@@ -50,6 +50,8 @@ def load_base(
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    for line in architectures.refusals(config.to_dict(), path):  # a hub id is looked at here first
+        raise InputError(line)
     for key in [k for k in config.to_dict() if k.endswith(("dropout", "_pdrop", "drop_rate"))]:
         if isinstance(getattr(config, key, None), float):
             setattr(config, key, 0.0)

@@ -7,34 +7,10 @@ from pathlib import Path
 
 import pytest
 from jobs import metrics, run_many
-from tiny import tiny_architecture
+from tiny import ARCHITECTURES, tiny_architecture
 
-# {model_type: what its tiny config has beside the sizes of all}
-ARCHITECTURES: dict[str, dict] = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma2": {"query_pre_attn_scalar": 32},
-    "gemma3_text": {"query_pre_attn_scalar": 32},
-    "mistral": {},
-    "phi3": {},
-    "gpt2": {},
-    "opt": {},
-    "stablelm": {},
-    "falcon": {},
-    "bloom": {},
-    "glm4": {},
-    "gpt_neox": {},
-    "smollm3": {},
-    "olmo2": {},
-    "phi": {},
-    "starcoder2": {},
-    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 6.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5},
-    "cohere": {"logit_scale": 0.25},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-}
-ALWAYS = ("gpt_neox", "granite")  # the others are slow
+TOGETHER = ("gpt_neox", "granite")  # in one process, in every run of the tests: one by transformers' class, one by vLLM's
+OTHERS = [pytest.param((kind,), marks=pytest.mark.slow, id=kind) for kind in ARCHITECTURES if kind not in TOGETHER]
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +21,24 @@ def pairs(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k in ALWAYS else [pytest.mark.slow]) for k in ARCHITECTURES]
-)
-def test_an_architecture_goes_through_all_stages(kind, rows, pairs, tmp_path):
-    base = tiny_architecture(tmp_path / "base", kind, **ARCHITECTURES[kind])
-    common = [f"runs_dir={tmp_path}", "run_name=tiny", "logger=none", "micro_batch_size=4", "mini_batch_size=8"]
-    small = ["steps=3", "rollout_batch_size=8", "rollout.max_new_tokens=8", "max_prompt_length=160"]
-    jobs = {
-        "sft": ["sft", *common, f"model.path={base}", f"data.path={rows}", "max_steps=2"],
-        "reward": ["reward", *common, f"model.path={tmp_path}/tiny/sft", f"data.path={pairs}", "max_steps=2"],
-        "ppo": [
-            "ppo", *common, *small, f"model.path={tmp_path}/tiny/sft", f"data.path={rows}", "optimizer.learning_rate=1e-2",
-            f"rewards.reward_model.path={tmp_path}/tiny/reward", "rewards.reward_model.min_accuracy=0",
-        ],
-    }  # fmt: skip
+@pytest.mark.parametrize("kinds", [pytest.param(TOGETHER, id="-".join(TOGETHER)), *OTHERS])
+def test_an_architecture_goes_through_all_stages(kinds, rows, pairs, tmp_path):
+    jobs = {}
+    for kind in kinds:
+        base, run = tiny_architecture(tmp_path / f"base-{kind}", kind, **ARCHITECTURES[kind]), tmp_path / kind
+        common = [f"runs_dir={tmp_path}", f"run_name={kind}", "logger=none", "micro_batch_size=4", "mini_batch_size=8"]
+        jobs |= {
+            f"sft {kind}": ["sft", *common, f"model.path={base}", f"data.path={rows}", "max_steps=2"],
+            f"reward {kind}": ["reward", *common, f"model.path={run}/sft", f"data.path={pairs}", "max_steps=2"],
+            f"classes_left_alone {kind}": [
+                "ppo", *common, f"model.path={run}/sft", f"data.path={rows}", "optimizer.learning_rate=1e-2", "steps=3",
+                "rollout_batch_size=8", "rollout.max_new_tokens=8", "max_prompt_length=160",
+                f"rewards.reward_model.path={run}/reward", "rewards.reward_model.min_accuracy=0",
+            ],
+        }  # fmt: skip
     assert run_many(jobs, tmp_path) == dict.fromkeys(jobs)
-    steps = metrics(tmp_path / "tiny" / "ppo")
-    assert len(steps) == 3  # the third answers with weights of version 3
-    assert all(step["rollout/canary_gap_max"] < 1e-4 and step["rollout/logprob_gap_max"] < 1e-4 for step in steps)
-    assert any(step["rollout/canary_gap_max"] > 0 for step in steps)  # two engines: their roundings differ
+    for kind in kinds:
+        steps = metrics(tmp_path / kind / "ppo")
+        assert len(steps) == 3  # the third answers with weights of version 3
+        assert all(step["rollout/canary_gap_max"] < 1e-4 and step["rollout/logprob_gap_max"] < 1e-4 for step in steps)
+        assert any(step["rollout/canary_gap_max"] > 0 for step in steps)  # two engines: their roundings differ
