@@ -35,6 +35,7 @@ ENCODERS = frozenset(
 )
 # Decoders that vLLM has no code for, and whose own attention it cannot take the place of.
 UNSERVED = frozenset("biogpt blt codegen cpmant gpt_neo gpt_neox_japanese mpt openai-gpt reformer xglm xlnet".split())
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # dimensions that the attention of vLLM's CPU build takes
 
 
@@ -82,12 +83,23 @@ def unserved(facts: dict[str, Any], key: str, rollout: Any, cpu: bool) -> Iterat
     kind = facts.get("model_type", "")
     if kind in UNSERVED:
         yield f"rollout={rollout.name} with {key}: vLLM cannot run model_type={kind}: use rollout=hf"
+    if is_mixture(facts) and (rollout.name == "server" or getattr(rollout, "payload", "") == "adapter"):
+        told = "rollout=server" if rollout.name == "server" else "rollout.payload=adapter"
+        yield (
+            f"{told} with {key}: model_type={kind} is a mixture of experts, whose adapters are not sent to vLLM: use "
+            "rollout=vllm with rollout.payload=merged, or rollout=hf"
+        )
     size = head_dim(facts)
     if cpu and size and size not in CPU_HEADS and not getattr(rollout, "urls", None):
         yield (
             f"rollout={rollout.name} with {key}: its attention heads have dimension {size} (its config.json), and vLLM's CPU "
             f"build takes {', '.join(map(str, CPU_HEADS))}: use rollout=hf, or vLLM on a GPU"
         )
+
+
+def is_mixture(facts: dict[str, Any]) -> bool:
+    """Whether a config.json tells of experts, which PEFT adapts as tensors of one module rather than as linear layers."""
+    return any((facts.get(name) or 0) > 1 for name in EXPERTS)
 
 
 def head_dim(facts: dict[str, Any]) -> int | None:

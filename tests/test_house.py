@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check_config": {"config", "explain", "types"},
     "check_model": {"artifacts", "chat", "models", "types"},
     "chat": {"artifacts", "types"},
-    "rules": {"rollout"},
+    "rules": {"architectures", "rollout"},
     "ranges": {"types"},
     "explain": {"types"},
     "check_data": {
@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("data", "engine", "models", "log", "types", "zero"),
         *("algorithms", "rewards", "rollout", "finetune", "launch"),
     },
-    "rollout": {"batches", "models", "tokens", "types"},
+    "rollout": {"architectures", "batches", "models", "tokens", "types"},
     "rewards": {"batches", "models", "report_card", "types"},
     "finetune": {"architectures", "models", "types"},
     "algorithms": {"types"},

@@ -241,6 +241,21 @@ def test_what_vllm_cannot_run_is_said_before_the_start(facts, cpu, words):
     assert cpu is False or [*architectures.unserved(facts, "model.path=x", remote, cpu)] == []
 
 
+def test_adapters_of_a_mixture_are_folded_in_or_refused():
+    from alignkit.rollout.vllm import choose_payload
+
+    facts = {"model_type": "mixtral", "num_local_experts": 8, "hidden_size": 128, "num_attention_heads": 4}
+    for rollout, told in (
+        (SimpleNamespace(name="server", urls=None), "rollout=server"),
+        (SimpleNamespace(name="vllm", payload="adapter"), "rollout.payload=adapter"),
+    ):
+        (line,) = architectures.unserved(facts, "model.path=x", rollout, cpu=False)
+        assert told in line and "rollout.payload=merged" in line
+    assert [*architectures.unserved(facts, "model.path=x", VLLM, cpu=False)] == []
+    assert choose_payload("auto", 8, cpu=False, experts=True)[0] == "merged"
+    assert choose_payload("auto", 8, cpu=False)[0] == "adapter"
+
+
 def rewrite(work: Path, **changes) -> None:
     file = work / "model/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

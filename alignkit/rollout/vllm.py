@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit import architectures
 from alignkit.ranges import num
 from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
 from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
@@ -59,7 +60,7 @@ class VLLMSampler:
 
         self.sampling, self.context, self.version = config, context, 0
         self.cpu = not torch.cuda.is_available()
-        self.payload, self.why = choose_payload(config.payload, context.adapter_rank, self.cpu)
+        self.payload, self.why = choose_payload(config.payload, context.adapter_rank, self.cpu, _is_mixture(context))
         self.lora: Any = None  # the request that names the present adapter
         self.folder = Path(tempfile.mkdtemp(prefix="sync-", dir=context.scratch))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are pushed without a copy
@@ -250,7 +251,11 @@ def classes_left_alone() -> Iterator[None]:
                 setattr(cls, name, value)
 
 
-def choose_payload(wanted: str, adapter_rank: int | None, cpu: bool) -> tuple[str, str]:
+def _is_mixture(context: Context) -> bool:
+    return context.roles is not None and architectures.is_mixture(context.roles.models[0].config.to_dict())  # type: ignore[index, union-attr]
+
+
+def choose_payload(wanted: str, adapter_rank: int | None, cpu: bool, experts: bool = False) -> tuple[str, str]:
     """(adapter | merged, why) for a policy whose adapter has this rank (None: all its weights train)."""
     if adapter_rank is None:
         if wanted == "adapter":
@@ -264,6 +269,8 @@ def choose_payload(wanted: str, adapter_rank: int | None, cpu: bool) -> tuple[st
         return "merged", f"vLLM takes no adapter of rank {adapter_rank}"
     if wanted != "auto":
         return wanted, f"rollout.payload={wanted}"
+    if experts:
+        return "merged", "the adapter folded in: it is on the experts of a mixture"
     if cpu:
         return "merged", "the adapter folded in: the CPU build computes adapters slowly"
     return "adapter", "megabytes instead of gigabytes"
