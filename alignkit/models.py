@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import loaded, quantised
+from alignkit import architectures, loaded, quantised
 from alignkit.loaded import copy_adapter as copy_adapter
 from alignkit.ranges import check_date
 from alignkit.types import InputError, ModelSource, RunError
@@ -65,12 +65,14 @@ def load_base(
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    for line in architectures.refusals(config.to_dict(), path):  # a hub id is looked at here first
+        raise InputError(line)
     for key in [k for k in config.to_dict() if k.endswith(("dropout", "_pdrop", "drop_rate"))]:
         if isinstance(getattr(config, key, None), float):
             setattr(config, key, 0.0)
     for key, value in kwargs.items():
         setattr(config, key, value)
-    hf, info = getattr(transformers, auto_class).from_pretrained(
+    hf, info = architectures.auto_class(auto_class, config).from_pretrained(
         path,
         config=config,
         output_loading_info=True,
@@ -323,7 +325,7 @@ def make_roles(
             hidden = response_hidden(hidden, starts, response_slots)
             if role == "critic":
                 return self.heads[role](hidden)
-            logits = hf.get_output_embeddings()(hidden)[..., : hf.trained_rows]
+            logits = architectures.logits_of(hf, hidden)[..., : hf.trained_rows]
             at = _response_slots(starts, response_slots, ids.shape[1])
             labels = ids.gather(1, at).masked_fill(~mask.gather(1, at), 0)
             logprobs = F.response_logprobs(logits, labels, temperature)
@@ -345,6 +347,11 @@ def apply_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 def named_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight as its checkpoint names it, tied copies once, those in 4 bits as they are computed with."""
+    return architectures.checkpoint_names(hf, held_weights(hf))
+
+
+def held_weights(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The same, as the module names them."""
     packed = {f"{name}.weight": layer for name, layer in quantised.layers(hf).items()}
     tied = set(getattr(hf, "_tied_weights_keys", None) or ()) if hf.config.tie_word_embeddings else set()
     embeddings = {p.data_ptr() for m in (hf.get_input_embeddings(), hf.get_output_embeddings()) for p in m.parameters()}

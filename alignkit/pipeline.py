@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from collections.abc import Container
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,7 @@ def run_pipeline(cfg: Any) -> float | None:
     made = {str(stage.run_dir): stage.stage for stage in stages}
     for stage in stages:  # all inputs of all stages, before the first one takes its minutes
         check_inputs(stage, made, tell=False)  # told when each starts
+    check_later(stages)
     if not cfg.resume:
         _refuse_existing(root, [stage.run_dir for stage in stages])
     with artifacts.lock(root):
@@ -229,6 +231,8 @@ def print_plan(cfg: Any, options: Any = None, full_config: bool = False) -> None
     made = {str(stage.run_dir): stage.stage for stage in stages} if pipeline else {}
     sources = [check_inputs(stage, made, weights=options is None) for stage in stages]
     options, device = options or plan.Options(), plan.detect()
+    if pipeline:
+        check_later(stages)
     if options.device_memory:
         device = memory.Device(options.device_memory, gpu=True)
     for stage, found in zip(stages, sources, strict=True):
@@ -343,6 +347,38 @@ def _changes(stage: str, data: Any, rows: Any, template: Any) -> list[str]:
     if data.lint == "strict":
         raise InputError(f"{line}; lint=strict takes none")
     return [line]
+
+
+def check_later(stages: list[Any], making: Container[str] = ()) -> None:
+    """Each stage of a pipeline against the config.json of the model that those before it start from.
+
+    Args:
+        making: run folders that jobs of others will make: what is in those is not known yet.
+
+    Raises:
+        InputError: a later stage cannot use that model; said before the first one takes its minutes.
+    """
+    from alignkit import artifacts
+    from alignkit.rules import model_contradictions
+    from alignkit.types import InputError
+
+    origins: dict[str, tuple[dict[str, Any], str]] = {}  # model or run folder -> (config.json, how it was given)
+    for stage in stages:
+        found = []
+        for role, path in stage.inputs().items():
+            if role.startswith("rewards.") or (path in making and path not in origins):
+                continue
+            if path not in origins:
+                key = f"{role}.path" if "." not in role else role
+                base = Path(artifacts.resolve_model(path, key, weights=False).base)
+                file = base / "config.json"
+                origins[path] = (artifacts.read_json(file, key) if file.is_file() else {}, f"{key}={path}")
+            found.append(origins[path])
+        for facts, given in found:
+            for line in model_contradictions(stage, facts, given):
+                raise InputError(line)
+        if found:
+            origins[str(stage.run_dir)] = found[0]
 
 
 def _check_adapters(cfg: Any, sources: dict[str, Any]) -> None:

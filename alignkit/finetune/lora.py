@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit import adapters, loaded, models
+from alignkit import adapters, architectures, loaded, models
 from alignkit.finetune.critic import Critic
 from alignkit.ranges import num
 from alignkit.types import InputError, Payload
@@ -183,19 +184,22 @@ class LoRA:
 
     def sync_payload(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight of the base with the policy adapter folded in; the base itself is not touched."""
+        return architectures.checkpoint_names(roles.model("policy"), self._folded(roles))
+
+    def _folded(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
         import torch
         from peft.tuners.lora import LoraLayer
 
         hf = roles.model("policy")
-        adapted = {
-            f"{name}.weight": module
+        adapted = {  # a mixture's experts are tensors of one module, which PEFT wraps once for each
+            _without_wrappers(f"{name}.{getattr(module, 'parameter_name', 'weight')}"): module
             for name, module in hf.named_modules()
             if isinstance(module, LoraLayer) and "policy" in module.lora_A
         }
-        for name, tensor in models.named_weights(hf):
+        for name, tensor in models.held_weights(hf):
             if ".lora_" in name:
                 continue
-            name = name.replace(".base_layer.", ".")
+            name = _without_wrappers(name)
             if name in adapted:
                 with torch.no_grad():
                     tensor = tensor + adapted[name].get_delta_weight("policy")
@@ -219,6 +223,11 @@ def _load_trunk_adapter(peft: Any, folder: Path, name: str) -> None:
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     peft.add_adapter(name, config, autocast_adapter_dtype=False)
     models.copy_adapter(peft, folder, name)
+
+
+def _without_wrappers(name: str) -> str:
+    """The name of a weight before PEFT wrapped its module."""
+    return re.sub(r"(\.base_layer)+(?=\.)", "", name)
 
 
 def _place(base: str) -> str:

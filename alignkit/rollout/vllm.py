@@ -6,11 +6,13 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit import architectures
 from alignkit.ranges import num
 from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
 from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
@@ -58,7 +60,7 @@ class VLLMSampler:
 
         self.sampling, self.context, self.version = config, context, 0
         self.cpu = not torch.cuda.is_available()
-        self.payload, self.why = choose_payload(config.payload, context.adapter_rank, self.cpu)
+        self.payload, self.why = choose_payload(config.payload, context.adapter_rank, self.cpu, _is_mixture(context))
         self.lora: Any = None  # the request that names the present adapter
         self.folder = Path(tempfile.mkdtemp(prefix="sync-", dir=context.scratch))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are pushed without a copy
@@ -82,23 +84,24 @@ class VLLMSampler:
         if self.payload == "adapter":
             rank = next(r for r in LORA_RANKS if r >= (context.adapter_rank or 0))
             device |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-        self.llm = LLM(
-            context.base,
-            skip_tokenizer_init=True,  # token ids in, token ids out: one tokenization in the project
-            dtype=context.dtype,
-            max_model_len=context.max_model_len,
-            max_num_seqs=min(context.max_sequences, 256),
-            enforce_eager=config.enforce_eager,
-            enable_chunked_prefill=False,  # a prompt cut in two draws twice from its stream, and breaks on a CPU
-            max_num_batched_tokens=max(context.max_model_len, 4096),
-            enable_prefix_caching=config.prefix_caching,
-            generation_config="vllm",  # never the checkpoint's own temperature or top-p
-            logprobs_mode="processed_logprobs",  # of the law that was sampled from, temperature included
-            distributed_executor_backend="external_launcher",
-            trust_remote_code=context.trust_remote_code,
-            seed=context.seed,
-            **device,
-        )
+        with classes_left_alone():
+            self.llm = LLM(
+                context.base,
+                skip_tokenizer_init=True,  # token ids in, token ids out: one tokenization in the project
+                dtype=context.dtype,
+                max_model_len=context.max_model_len,
+                max_num_seqs=min(context.max_sequences, 256),
+                enforce_eager=config.enforce_eager,
+                enable_chunked_prefill=False,  # a prompt cut in two draws twice from its stream, and breaks on a CPU
+                max_num_batched_tokens=max(context.max_model_len, 4096),
+                enable_prefix_caching=config.prefix_caching,
+                generation_config="vllm",  # never the checkpoint's own temperature or top-p
+                logprobs_mode="processed_logprobs",  # of the law that was sampled from, temperature included
+                distributed_executor_backend="external_launcher",
+                trust_remote_code=context.trust_remote_code,
+                seed=context.seed,
+                **device,
+            )
         _ENGINES.append(self.llm)
 
     def describe(self) -> str:
@@ -138,6 +141,8 @@ class VLLMSampler:
             shutil.rmtree(old.lora_path)
 
     def _send_weights(self, payload: Payload) -> None:
+        if self.cpu:
+            self.llm.apply_model(_pack_experts_anew)
         self.llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": iter(payload.weights()), "is_checkpoint_format": True}
         )
@@ -207,7 +212,50 @@ class VLLMSampler:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def choose_payload(wanted: str, adapter_rank: int | None, cpu: bool) -> tuple[str, str]:
+@contextmanager
+def classes_left_alone() -> Iterator[None]:
+    """Inside, vLLM changes subclasses of its own where it would change transformers' classes.
+
+    An architecture that vLLM has no code for runs there as transformers' own class, which vLLM makes one of its compiled
+    modules in place: with another base, `__init__` and `__call__`. The trainer's model is of that class too, and would
+    ask for what only vLLM's instance has. Here a subclass is decorated instead, and what is built meanwhile becomes its
+    instance; at the end the class is what it was, and each engine keeps a subclass of its own.
+    """
+    from vllm.compilation import decorators
+
+    decorate = decorators._support_torch_compile
+    changed: list[tuple[type, dict[str, Any]]] = []
+
+    def decorate_subclass(cls: type, *args: Any, **kwargs: Any) -> type:
+        if cls.__module__.startswith("vllm."):
+            return decorate(cls, *args, **kwargs)
+        names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        own = decorate(type(cls)(cls.__name__, (cls,), names), *args, **kwargs)
+
+        def build(self: Any, *args: Any, **kwargs: Any) -> None:
+            self.__class__ = own
+            own.__init__(self, *args, **kwargs)  # type: ignore[misc]
+
+        changed.append((cls, {"__init__": vars(cls)["__init__"]} if "__init__" in vars(cls) else {}))
+        cls.__init__ = build  # type: ignore[misc]
+        return cls
+
+    decorators._support_torch_compile = decorate_subclass
+    try:
+        yield
+    finally:
+        decorators._support_torch_compile = decorate
+        for cls, before in reversed(changed):
+            del cls.__init__  # type: ignore[misc]
+            for name, value in before.items():
+                setattr(cls, name, value)
+
+
+def _is_mixture(context: Context) -> bool:
+    return context.roles is not None and architectures.is_mixture(context.roles.models[0].config.to_dict())  # type: ignore[index, union-attr]
+
+
+def choose_payload(wanted: str, adapter_rank: int | None, cpu: bool, experts: bool = False) -> tuple[str, str]:
     """(adapter | merged, why) for a policy whose adapter has this rank (None: all its weights train)."""
     if adapter_rank is None:
         if wanted == "adapter":
@@ -221,6 +269,8 @@ def choose_payload(wanted: str, adapter_rank: int | None, cpu: bool) -> tuple[st
         return "merged", f"vLLM takes no adapter of rank {adapter_rank}"
     if wanted != "auto":
         return wanted, f"rollout.payload={wanted}"
+    if experts:
+        return "merged", "the adapter folded in: it is on the experts of a mixture"
     if cpu:
         return "merged", "the adapter folded in: the CPU build computes adapters slowly"
     return "adapter", "megabytes instead of gigabytes"
@@ -230,3 +280,10 @@ def _repack_tied_head(model: Any) -> None:
     head = getattr(model, "lm_head", None)
     if head is not None and getattr(head, "quant_method", None) is not None:
         head.quant_method.process_weights_after_loading(head)
+
+
+def _pack_experts_anew(model: Any) -> None:
+    """The CPU build packs a mixture's experts once, beside making their kernel: without one a reload makes both again."""
+    for layer in model.modules():
+        if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
+            layer.quant_method.moe_kernel = None

@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import torch
+from transformers import PreTrainedModel
+
+from alignkit import models
 from alignkit.engine import Optimizer
 from alignkit.finetune.lora import LoRA
 from alignkit.rollout import attest
@@ -243,3 +247,35 @@ def slow_rank() -> Iterator[None]:
 
     with patch.object(hf, "sort_checkpoints", late):
         yield
+
+
+@contextmanager
+def classes_left_alone() -> Iterator[None]:
+    """No fault but a watch: starting vLLM's engine changes neither transformers' classes nor what the trainer computes."""
+    start = VLLMSampler.__init__
+
+    def watched(self, config, context):
+        ids = torch.arange(10, 26)[None]
+        every = torch.ones_like(ids, dtype=torch.bool)
+
+        def hidden():
+            with torch.no_grad():
+                context.roles.switch("policy")
+                return models.trunk_hidden(context.roles.model("policy"), ids, every)
+
+        before, states = dict(transformers_classes()), hidden()
+        start(self, config, context)
+        after = dict(transformers_classes())
+        assert [cls for cls in before if before[cls] != after[cls]] == []
+        assert torch.equal(states, hidden())
+
+    with patch.object(VLLMSampler, "__init__", watched):
+        yield
+
+
+def transformers_classes(cls: type = PreTrainedModel) -> Iterator[tuple[type, tuple]]:
+    """(class, (its bases, what it holds but for notes of transformers to itself)) of all model classes that are loaded."""
+    for kind in type.__subclasses__(cls):
+        if not hasattr(kind, "save_aot_compiled_function"):  # a subclass that vLLM made for itself
+            yield kind, (kind.__bases__, {k: v for k, v in vars(kind).items() if not k.endswith("_cached_value")})
+            yield from transformers_classes(kind)

@@ -1,6 +1,6 @@
 """One rank that runs many stages after one another: `python many_runs.py jobs.json`, with {name: [stage, override, …]} in it.
 
-A job whose name is that of a function in faults.py runs with that fault planted.
+A job whose name begins with that of a function in faults.py runs with that fault planted.
 
 Composes, checks, saves and loads each config as the command line does, then calls the stage as `alignkit.run` does: only
 the start of Python and of DeepSpeed is shared. Prints one JSON line a job: {"name", "error" or null}.
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     for name, (stage, *overrides) in json.loads(Path(sys.argv[1]).read_text()).items():
         error = None
         try:
-            with getattr(faults, name, nullcontext)():
+            with getattr(faults, name.split()[0], nullcontext)():
                 run(stage, overrides, world)
         except Exception:
             error = traceback.format_exc()
