@@ -281,14 +281,14 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
     if hasattr(cfg, "finetune"):
         for source in sources.values():
             cfg.finetune.check_start(source)
-    for reward in getattr(cfg, "rewards", {}).values():
-        if hasattr(reward, "load"):
-            reward.load()
+    functions = [(name, r, r.adapted()[1]) for name, r in getattr(cfg, "rewards", {}).items() if hasattr(r, "adapted")]
     speaks = next(iter(sources.values()), None)  # the model whose tokenizer the stage will use
     read = {}
     for data, kind, name, limit in cfg.row_sets():
         if (data.path or data is cfg.data) and not any(data.path.startswith(f"{folder}/") for folder in later):
             rows = data.rows(kind)
+            for reward, function, form in functions if data is cfg.data else ():
+                function.check_rows(rows, form, f"rewards.{reward}")
             if speaks is not None and weights:
                 check_fits(rows, limit, name, Path(speaks.tokenizer), cfg.model.chat_template)
             if key := {id(cfg.data): "data", id(getattr(cfg, "eval_data", None)): "eval_data"}.get(id(data)):
