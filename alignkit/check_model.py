@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from alignkit import score_heads
 from alignkit.artifacts import read_json
 from alignkit.chat import load_tokenizer, read_template, render
-from alignkit.models import HEAD_FILE
 from alignkit.types import InputError, ModelSource
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -51,9 +51,11 @@ def check_source(
                 "adapter again with PEFT's save_pretrained"
             )
         check_weights(source.adapter, key)
-    head = (source.adapter or base) / HEAD_FILE
-    if scores and head.parent.is_dir() and not head.is_file():
-        raise InputError(f"{key}: no reward model, it has no {head.name}: give the folder of a finished reward run")
+    if scores and base.is_dir():
+        try:
+            score_heads.find(source)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
     if tokenizer.is_dir():
         check_tokenizer(tokenizer, key)
     check_template(tokenizer, chat_template, key)

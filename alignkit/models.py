@@ -7,22 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import quantised
+from alignkit import quantised, score_heads
+from alignkit.score_heads import HEAD_FILE
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-HEAD_FILE = "score_head.safetensors"  # {"weight": [1, d], "bias": [1]}: the bias is the score normalisation
 
 
 @dataclass
@@ -129,18 +128,22 @@ def save_head(head: nn.Linear, folder: Path) -> None:
     )
 
 
-def load_head(folder: Path) -> nn.Linear:
-    """Read `score_head.safetensors`."""
-    import torch
-    from safetensors.torch import load_file
+def load_head(source: ModelSource | Path) -> nn.Linear:
+    """The scalar head of a reward model, in float32; `score_heads` says where it is. Without a bias where it has none.
 
-    if not (folder / HEAD_FILE).is_file():
-        raise InputError(
-            f"{folder} is no reward model: it has no {HEAD_FILE}; give the folder of a finished reward run"
-        )
-    tensors = load_file(folder / HEAD_FILE)
-    head = torch.nn.Linear(tensors["weight"].shape[1], 1)
-    head.load_state_dict(tensors)
+    Raises:
+        InputError: it has no such head.
+    """
+    import torch
+    from safetensors import safe_open
+
+    source = ModelSource(str(source)) if isinstance(source, Path) else source
+    found = score_heads.find(source)
+    with safe_open(found.file, framework="pt") as file:
+        weight = file.get_tensor(found.weight)
+        bias = None if found.bias is None else file.get_tensor(found.bias)
+    head = torch.nn.Linear(weight.shape[1], 1, bias=bias is not None)
+    head.load_state_dict({"weight": weight.float()} | ({} if bias is None else {"bias": bias.float()}))
     return head
 
 
@@ -394,17 +397,78 @@ def single_role(hf: PreTrainedModel) -> nn.Module:
     return make_roles({"policy": hf}, {}, switch=lambda role: None)
 
 
-def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:
-    """A finished reward run as a roles module whose only role is reward_model."""
-    folder = source.adapter or Path(source.base)
-    head = load_head(folder)
-    hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4))
-    if source.adapter is not None:
+def load_scorer(source: ModelSource, model: Model, vocab: int, merged: bool = False) -> tuple[PreTrainedModel, nn.Linear]:
+    """The trunk of a reward model and its head: a run of ours, or one of transformers, TRL or PEFT.
+
+    Args:
+        merged: fold an adapter in where it could stay beside the base, for weights that train.
+
+    Raises:
+        InputError: it has no scalar head, or its adapter is not that of the base.
+    """
+    source = _on_this_machine(source, model)
+    head = load_head(source)
+    ours = ((source.adapter or Path(source.base)) / HEAD_FILE).is_file()
+    if source.adapter is None:
+        kind = _auto_class(source.base, model)
+        more = {"num_labels": 1} if kind == SEQUENCE_CLASSIFIER else {}
+        return load_base(source.base, model, vocab, kind, **more), head
+    if ours:
         from peft import LoraConfig, get_peft_model
 
+        hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4))
         config = LoraConfig.from_pretrained(str(source.adapter))
         config.task_type, config.modules_to_save = "CAUSAL_LM", None
         peft = get_peft_model(hf, config, autocast_adapter_dtype=False)
         copy_adapter(peft, source.adapter, "default")
-        hf = peft.merge_and_unload()
+        return peft.merge_and_unload(), head
+    hf = load_base(source.base, model, vocab, SEQUENCE_CLASSIFIER, num_labels=1)
+    peft = whole_adapter(hf, source.adapter)
+    return (peft.merge_and_unload() if merged else peft.get_base_model()), head
+
+
+SEQUENCE_CLASSIFIER = "AutoModelForSequenceClassification"
+
+
+def _auto_class(base: str, model: Model) -> str:
+    """What loads the trunk of a whole reward model: a sequence classifier has no output embedding to load."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
+    classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return SEQUENCE_CLASSIFIER if classifier else "AutoModelForCausalLM"
+
+
+def _on_this_machine(source: ModelSource, model: Model) -> ModelSource:
+    """The same with its base as a folder: of a hub id, where its files are kept after a download."""
+    from transformers.utils import cached_file
+
+    if Path(source.base).is_dir():
+        return source
+    load_base(source.base, model, 0, _auto_class(source.base, model))  # fetches the weights
+    return replace(source, base=str(Path(cached_file(source.base, "config.json")).parent))
+
+
+def whole_adapter(hf: PreTrainedModel, adapter: Path) -> Any:
+    """`hf` with all that PEFT saved in `adapter`, which it cannot be trained with.
+
+    Raises:
+        InputError: the saved weights are not exactly those of the adapter.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    peft = PeftModel.from_pretrained(hf, adapter, autocast_adapter_dtype=False)
+    own, saved = get_peft_model_state_dict(peft), load_peft_weights(str(adapter), device="cpu")
+    if odd := sorted(own.keys() ^ saved.keys()):
+        raise InputError(
+            f"{adapter}: its adapter does not fit the base: {len(odd)} weights differ in name, as {odd[0]}"
+        )
+    disable_dropout(peft)
+    return peft
+
+
+def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:
+    """A reward model as a roles module whose only role is reward_model."""
+    hf, head = load_scorer(source, model, vocab)
     return make_roles({"reward_model": hf}, {"reward_model": head}, switch=lambda role: None).requires_grad_(False)

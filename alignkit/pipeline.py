@@ -278,9 +278,14 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
                 reward.check_accuracy((artifacts.read_manifest(run) or {})["metrics"], f"rewards.{name}")
     artifacts.check_hand_off(sources)
     _check_adapters(cfg, sources)
-    if hasattr(cfg, "finetune"):
-        for source in sources.values():
+    policy = sources.get("model")
+    for role, source in sources.items() if hasattr(cfg, "finetune") else ():
+        if not role.startswith("rewards."):
             cfg.finetune.check_start(source)
+            continue
+        cfg.finetune.check_reward(source, policy)
+        if cfg.algorithm.needs_critic:
+            cfg.critic.check_reward(cfg.finetune, source, policy)
     functions = [(name, r, r.adapted()[1]) for name, r in getattr(cfg, "rewards", {}).items() if hasattr(r, "adapted")]
     speaks = next(iter(sources.values()), None)  # the model whose tokenizer the stage will use
     read = {}
