@@ -51,7 +51,7 @@ def check_source(
                 "adapter again with PEFT's save_pretrained"
             )
         check_weights(source.adapter, key)
-    if scores and base.is_dir():
+    if scores and (source.adapter or base).is_dir():
         try:
             score_heads.find(source)
         except InputError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from alignkit import quantised, score_heads
-from alignkit.score_heads import HEAD_FILE
+from alignkit.score_heads import load_head as load_head
+from alignkit.score_heads import save_head as save_head
+from alignkit.score_heads import score_head as score_head
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -105,46 +106,6 @@ def position_ids(mask: Tensor) -> Tensor:
     """[B, L] bool -> [B, L] i64: 0, 1, 2, … over the valid slots, wherever the padding is (lm-human-preferences)."""
     mask = mask.long()
     return (mask.cumsum(1) - mask).clamp(min=0)
-
-
-def score_head(hidden_size: int, generator: torch.Generator | None = None, bias: bool = True) -> nn.Linear:
-    """A scalar head: weight ~ N(0, 1/(d+1)), bias 0 (summarize-from-feedback's init_scale), float32."""
-    import torch
-
-    head = torch.nn.Linear(hidden_size, 1, bias=bias)
-    torch.nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5, generator=generator)
-    if bias:
-        torch.nn.init.zeros_(head.bias)
-    return head
-
-
-def save_head(head: nn.Linear, folder: Path) -> None:
-    """Write `score_head.safetensors`."""
-    from safetensors.torch import save_file
-
-    save_file(
-        {"weight": head.weight.detach().float().cpu().clone(), "bias": head.bias.detach().float().cpu().clone()},
-        folder / HEAD_FILE,
-    )
-
-
-def load_head(source: ModelSource | Path) -> nn.Linear:
-    """The scalar head of a reward model, in float32; `score_heads` says where it is. Without a bias where it has none.
-
-    Raises:
-        InputError: it has no such head.
-    """
-    import torch
-    from safetensors import safe_open
-
-    source = ModelSource(str(source)) if isinstance(source, Path) else source
-    found = score_heads.find(source)
-    with safe_open(found.file, framework="pt") as file:
-        weight = file.get_tensor(found.weight)
-        bias = None if found.bias is None else file.get_tensor(found.bias)
-    head = torch.nn.Linear(weight.shape[1], 1, bias=bias is not None)
-    head.load_state_dict({"weight": weight.float()} | ({} if bias is None else {"bias": bias.float()}))
-    return head
 
 
 def trunk_hidden(hf: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
@@ -397,7 +358,9 @@ def single_role(hf: PreTrainedModel) -> nn.Module:
     return make_roles({"policy": hf}, {}, switch=lambda role: None)
 
 
-def load_scorer(source: ModelSource, model: Model, vocab: int, merged: bool = False) -> tuple[PreTrainedModel, nn.Linear]:
+def load_scorer(
+    source: ModelSource, model: Model, vocab: int, merged: bool = False
+) -> tuple[PreTrainedModel, nn.Linear]:
     """The trunk of a reward model and its head: a run of ours, or one of transformers, TRL or PEFT.
 
     Args:
@@ -406,14 +369,16 @@ def load_scorer(source: ModelSource, model: Model, vocab: int, merged: bool = Fa
     Raises:
         InputError: it has no scalar head, or its adapter is not that of the base.
     """
-    source = _on_this_machine(source, model)
-    head = load_head(source)
-    ours = ((source.adapter or Path(source.base)) / HEAD_FILE).is_file()
-    if source.adapter is None:
-        kind = _auto_class(source.base, model)
-        more = {"num_labels": 1} if kind == SEQUENCE_CLASSIFIER else {}
-        return load_base(source.base, model, vocab, kind, **more), head
-    if ours:
+    import transformers
+
+    source = score_heads.fetched(source)
+    head, classifier = load_head(source), "AutoModelForSequenceClassification"
+    if source.adapter is None:  # a sequence classifier has no output embedding to load
+        config = transformers.AutoConfig.from_pretrained(source.base, trust_remote_code=model.trust_remote_code)
+        if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+            return load_base(source.base, model, vocab, classifier, num_labels=1), head
+        return load_base(source.base, model, vocab), head
+    if score_heads.find(source).ours:
         from peft import LoraConfig, get_peft_model
 
         hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4))
@@ -422,50 +387,9 @@ def load_scorer(source: ModelSource, model: Model, vocab: int, merged: bool = Fa
         peft = get_peft_model(hf, config, autocast_adapter_dtype=False)
         copy_adapter(peft, source.adapter, "default")
         return peft.merge_and_unload(), head
-    hf = load_base(source.base, model, vocab, SEQUENCE_CLASSIFIER, num_labels=1)
-    peft = whole_adapter(hf, source.adapter)
-    return (peft.merge_and_unload() if merged else peft.get_base_model()), head
-
-
-SEQUENCE_CLASSIFIER = "AutoModelForSequenceClassification"
-
-
-def _auto_class(base: str, model: Model) -> str:
-    """What loads the trunk of a whole reward model: a sequence classifier has no output embedding to load."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
-    classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    return SEQUENCE_CLASSIFIER if classifier else "AutoModelForCausalLM"
-
-
-def _on_this_machine(source: ModelSource, model: Model) -> ModelSource:
-    """The same with its base as a folder: of a hub id, where its files are kept after a download."""
-    from transformers.utils import cached_file
-
-    if Path(source.base).is_dir():
-        return source
-    load_base(source.base, model, 0, _auto_class(source.base, model))  # fetches the weights
-    return replace(source, base=str(Path(cached_file(source.base, "config.json")).parent))
-
-
-def whole_adapter(hf: PreTrainedModel, adapter: Path) -> Any:
-    """`hf` with all that PEFT saved in `adapter`, which it cannot be trained with.
-
-    Raises:
-        InputError: the saved weights are not exactly those of the adapter.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    peft = PeftModel.from_pretrained(hf, adapter, autocast_adapter_dtype=False)
-    own, saved = get_peft_model_state_dict(peft), load_peft_weights(str(adapter), device="cpu")
-    if odd := sorted(own.keys() ^ saved.keys()):
-        raise InputError(
-            f"{adapter}: its adapter does not fit the base: {len(odd)} weights differ in name, as {odd[0]}"
-        )
+    peft = score_heads.whole_adapter(load_base(source.base, model, vocab, classifier, num_labels=1), source.adapter)
     disable_dropout(peft)
-    return peft
+    return (peft.merge_and_unload() if merged else peft.get_base_model()), head
 
 
 def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:

@@ -250,7 +250,7 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
     Returns:
         {role: ModelSource} of those that exist now.
     """
-    from alignkit import artifacts, lints
+    from alignkit import artifacts, check_reward, lints
     from alignkit.chat import check_fits
     from alignkit.check_model import check_source
     from alignkit.rules import model_contradictions
@@ -278,7 +278,12 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
                 reward.check_accuracy((artifacts.read_manifest(run) or {})["metrics"], f"rewards.{name}")
     artifacts.check_hand_off(sources)
     _check_adapters(cfg, sources)
-    policy = sources.get("model")
+    policy = next((source for role, source in sources.items() if not role.startswith("rewards.")), None)
+    notes: list[str] = []
+    for role, source in sources.items() if weights else ():
+        if role.startswith("rewards.") and policy is not None:
+            key = f"{role}.path={cfg.inputs()[role]}"
+            notes += check_reward.check_tokens(policy, source, key, cfg.model.chat_template)
     for role, source in sources.items() if hasattr(cfg, "finetune") else ():
         if not role.startswith("rewards."):
             cfg.finetune.check_start(source)
@@ -298,7 +303,7 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
                 check_fits(rows, limit, name, Path(speaks.tokenizer), cfg.model.chat_template)
             if key := {id(cfg.data): "data", id(getattr(cfg, "eval_data", None)): "eval_data"}.get(id(data)):
                 read[key] = (data, rows)
-    for line in lints.at_start(cfg.stage, read):
+    for line in [*notes, *lints.at_start(cfg.stage, read)]:
         if tell:
             print(f"{cfg.stage:<9} {line}")
     return sources

@@ -155,7 +155,7 @@ def test_functions_of_every_form_score_the_same_answers(reward, form):
 def test_a_method_is_a_reward(reward):
     source = "class Scorer:\n    def good(self, prompts, responses, meta): return [2, 0]\nscorer = Scorer()\n"
     assert reward(source, "scorer.good") == COUNTS
-    with pytest.raises(InputError, match="takes .self, prompts, responses, meta"):
+    with pytest.raises(InputError, match=r"takes .self, prompts, responses, meta"):
         reward(source, "Scorer.good")
 
 
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused_before_the_start(tmp_path, source):
 @pytest.mark.parametrize("form", ["TRL", "verl", "a coroutine", "a class"])
 def test_only_a_plain_function_of_three_is_handed_out_bare(tmp_path, form):
     (tmp_path / "own.py").write_text(FORMS[form])
-    with pytest.raises(InputError, match="prompts.*responses.*meta"):
+    with pytest.raises(InputError, match=r"prompts.*responses.*meta"):
         Function(target=f"{tmp_path}/own.py:score").load()
 
 
@@ -228,7 +228,9 @@ def test_a_row_without_a_wanted_column_is_named_before_the_start(tmp_path):
     function = Function(target=f"{tmp_path}/own.py:score")
     form = function.adapted()[1]
     function.check_rows([{"prompt": "p", "answer": "a"}], form, "rewards.mine")
-    with pytest.raises(InputError, match=r"rewards.mine.target=.*column 'answer', which row 2 of data.path lacks .*hint, prompt"):
+    with pytest.raises(
+        InputError, match=r"rewards.mine.target=.*column 'answer', which row 2 of data.path lacks .*hint, prompt"
+    ):
         function.check_rows([{"prompt": "p", "answer": "a"}, {"prompt": "q", "hint": "h"}], form, "rewards.mine")
 
 
@@ -302,7 +304,12 @@ from .near import ZERO
 from kit.common import TWO as same
 def score(prompts, responses, meta): return [TWO * BASE * same / 2, ZERO]
 """
-    files = {"kit/__init__": "BASE = 1\n", "kit/common": "TWO = 2\n", "kit/rewards/__init__": "", "kit/rewards/own": own}
+    files = {
+        "kit/__init__": "BASE = 1\n",
+        "kit/common": "TWO = 2\n",
+        "kit/rewards/__init__": "",
+        "kit/rewards/own": own,
+    }
     write(tmp_path, files | {"kit/rewards/near": "ZERO = 0\n", "kit/rewards/far": ""})
     function = Function(target=f"{tmp_path}/kit/rewards/own.py:score")
     assert function.start(Context(tokenizer))(rollouts).tolist() == COUNTS
@@ -343,5 +350,5 @@ def test_the_source_of_an_installed_function_is_found_without_importing_it(tmp_p
     files = Function(target="bought.part:score").source_files()
     assert files == [tmp_path / "bought" / "part.py", tmp_path / "bought" / "__init__.py"]
     assert Function(target="builtins:max").source_files() == []
-    with pytest.raises(InputError, match="bought.part does not load: RuntimeError"):
+    with pytest.raises(InputError, match=r"bought.part does not load: RuntimeError"):
         Function(target="bought.part:score").adapted()

@@ -11,6 +11,8 @@ from alignkit.finetune.critic import Critic
 from alignkit.types import InputError, Payload
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from alignkit.types import ModelSource

@@ -65,9 +65,10 @@ class LoRA:
 
         Any other reward model is held as it is, beside the base.
         """
-        if reward is not None and policy is not None and reward.run is not None and reward.adapter is not None:
-            if score_heads.place(reward.base) == score_heads.place(policy.base):
-                self.check_start(reward)
+        if reward is None or policy is None or reward.run is None:
+            return
+        if reward.adapter is not None and score_heads.place(reward.base) == score_heads.place(policy.base):
+            self.check_start(reward)
 
     def critic_starts_as(self, reward: ModelSource, policy: ModelSource) -> bool:
         """Whether a critic can start as that reward model: it is an adapter on the policy's base."""

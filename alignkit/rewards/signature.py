@@ -72,7 +72,9 @@ class Form:
         named = {*self.columns, *self.optional}
         there = {name for row in batch.meta for name in row} - {"prompt", *GIVEN}
         wanted = there if self.rest else there & named
-        columns = {name: [row.get(name) for row in batch.meta] for name in sorted(wanted)}  # as `datasets`: absent is None
+        columns = {
+            name: [row.get(name) for row in batch.meta] for name in sorted(wanted)
+        }  # as `datasets`: absent is None
         return {name: value for name, value in found.items() if self.rest or name in named} | columns
 
     def _verl(self, row: dict[str, Any], response: str) -> dict[str, Any]:
@@ -119,7 +121,9 @@ def recognise(function: Any, target: str) -> Form:
         hint = "; a decorator keeps the names with functools.wraps" if blind else ""
         raise InputError(f"{said}: takes {written}; {EXPECTED}{hint}")
     if asked := [name for name in form.columns if form.origin == "trl" and name in TRAINER]:
-        raise InputError(f"{said}: asks for {asked[0]}, which only TRL's trainer has: give it a default, as {asked[0]}=None")
+        raise InputError(
+            f"{said}: asks for {asked[0]}, which only TRL's trainer has: give it a default, as {asked[0]}=None"
+        )
     return form
 
 
@@ -161,7 +165,7 @@ def is_plain(function: Any) -> bool:
     """Whether it is neither a class nor a coroutine, so that calling it gives its scores."""
     called = function.func if isinstance(function, functools.partial) else function
     return not inspect.isclass(function) and not any(
-        inspect.iscoroutinefunction(each) for each in (called, getattr(type(called), "__call__", None))
+        inspect.iscoroutinefunction(each) for each in (called, type(called).__call__)
     )
 
 
@@ -181,7 +185,9 @@ def caller(function: Callable, form: Form, target: str, inside: Callable[[], Any
         own = Batch([row.get("prompt") for row in meta], list(batch.responses), meta, batch.ids)
         for place, row in enumerate(batch.meta):
             if (column := form.lacking(row)) is not None:
-                raise RunError(f"reward {target}: row {place} of this batch has no column {column!r}, which it asks for")
+                raise RunError(
+                    f"reward {target}: row {place} of this batch has no column {column!r}, which it asks for"
+                )
         try:
             with inside():
                 values = _awaited(form.call(function, own), runner)
@@ -227,7 +233,11 @@ def as_numbers(values: Any, batch: Batch, target: str, unfold: bool = False) -> 
     """
     wanted = len(batch.responses)
     given = type(values).__name__
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping | set | frozenset) or _is_single(values):
+    if (
+        not isinstance(values, Iterable)
+        or isinstance(values, str | bytes | Mapping | set | frozenset)
+        or _is_single(values)
+    ):
         raise RunError(f"reward {target}: it returned {values!r:.80} ({given}); expected a list of {wanted} numbers")
     listed = list(values)
     if len(listed) != wanted:

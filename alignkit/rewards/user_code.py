@@ -193,12 +193,14 @@ def source_files(target: str) -> list[Path]:
 def _find_module(name: str) -> Path | None:
     """The source file of an installed module; its packages are not imported, as importlib.util.find_spec would."""
     locations: Any = None
+    spec: ModuleSpec | None = None
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
         spec = PathFinder.find_spec(".".join(parts[:count]), locations)
         if spec is None:
             return None
         locations = spec.submodule_search_locations or []
+    assert spec is not None  # a name has a part
     return Path(spec.origin) if spec.has_location and spec.origin and spec.origin.endswith(".py") else None
 
 
