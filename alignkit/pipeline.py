@@ -268,8 +268,9 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
                 )
             if not weights:  # a plan needs no more than config.json
                 continue
-            facts = check_source(source, f"{key}={path}", cfg.model.chat_template, scores=role.startswith("rewards."))
-            for line in model_contradictions(cfg, facts, f"{key}={path}"):
+            scores = role.startswith("rewards.")
+            facts = check_source(source, f"{key}={path}", cfg.model.chat_template, scores=scores)
+            for line in model_contradictions(cfg, facts, f"{key}={path}", scores):
                 raise InputError(line)
     if cfg.stage == "ppo":
         for name, reward in cfg.rewards.items():
@@ -290,7 +291,7 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
             continue
         cfg.finetune.check_reward(source, policy)
         if cfg.algorithm.needs_critic:
-            cfg.critic.check_reward(cfg.finetune, source, policy)
+            notes += cfg.critic.check_reward(cfg.finetune, source, policy)
     functions = [(name, r, r.adapted()[1]) for name, r in getattr(cfg, "rewards", {}).items() if hasattr(r, "adapted")]
     speaks = next(iter(sources.values()), None)  # the model whose tokenizer the stage will use
     read = {}

@@ -77,7 +77,7 @@ def find(source: ModelSource) -> Head:
         )
     file, name, shape = found[SCORE]
     if len(shape) != 2 or shape[0] != 1:
-        raise InputError(f"its head gives {shape[0]} numbers (score.weight {shape}), no single score: {BY} [1, d]")
+        raise InputError(f"its head gives {shape[0] if shape else 0} numbers (score.weight {shape}), no single score: {BY} [1, d]")
     width = next((facts[key] for key in WIDTHS if isinstance(facts.get(key), int)), shape[1])
     if shape[1] != width:
         raise InputError(
