@@ -23,20 +23,91 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForSequenceClassification", "ForRewardModel")
 # Layers that carry a state from token to token (state-space, linear attention, convolutions), in some or all blocks.
 RECURRENT = frozenset(
-    """bamba falcon_h1 falcon_mamba granitemoehybrid inkling_text jamba kimi_linear lfm2 lfm2_moe mamba mamba2 minimax
-    nemotron_h olmo_hybrid plamo2 qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma rwkv xlstm zamba
-    zamba2 zaya""".split()
+    [
+        "bamba",
+        "falcon_h1",
+        "falcon_mamba",
+        "granitemoehybrid",
+        "inkling_text",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "lfm2_moe",
+        "mamba",
+        "mamba2",
+        "minimax",
+        "nemotron_h",
+        "olmo_hybrid",
+        "plamo2",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "qwen4_exp_text",
+        "recurrent_gemma",
+        "rwkv",
+        "xlstm",
+        "zamba",
+        "zamba2",
+        "zaya",
+    ]
 )
 # They see the whole text at once: as a "decoder" too they are none that answers.
 ENCODERS = frozenset(
-    """albert bert bert-generation big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie
-    megatron-bert modernbert rembert roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod
-    """.split()
+    [
+        "albert",
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie",
+        "megatron-bert",
+        "modernbert",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ]
 )
 # Decoders that vLLM has no code for, and whose own attention it cannot take the place of.
-UNSERVED = frozenset("biogpt blt codegen cpmant gpt_neo gpt_neox_japanese mpt openai-gpt reformer xglm xlnet".split())
+UNSERVED = frozenset(
+    [
+        "biogpt",
+        "blt",
+        "codegen",
+        "cpmant",
+        "gpt_neo",
+        "gpt_neox_japanese",
+        "mpt",
+        "openai-gpt",
+        "reformer",
+        "xglm",
+        "xlnet",
+    ]
+)
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # dimensions that the attention of vLLM's CPU build takes
+CPU_HEADS = (
+    32,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    224,
+    256,
+    512,
+)  # dimensions that the attention of vLLM's CPU build takes
 
 
 def refusals(facts: dict[str, Any], key: str) -> Iterator[str]:
@@ -162,7 +233,9 @@ def auto_class(name: str, config: Any) -> Any:
             "auto_map, or train the reward model from another base"
         )
     causal = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    shared = next(c for c in causal.__mro__ if c.__name__.endswith("PreTrainedModel"))  # with its weights' names and init
+    shared = next(
+        c for c in causal.__mro__ if c.__name__.endswith("PreTrainedModel")
+    )  # with its weights' names and init
     named = causal.__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
     body = {"__module__": causal.__module__, "base_model_prefix": shared.base_model_prefix}
     return type(shared)(named, (GenericForSequenceClassification, shared), body)

@@ -177,6 +177,13 @@ def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> M
                 f"{key}={path}: {file} names no base model: set base_model_name_or_path to the model it was trained on"
             )
         base = find_base(_recorded(folder, base), folder, f"{key}={path}")
+        if (Path(base) / "manifest.json").is_file():  # trained on a run of ours
+            made = resolve_model(base, f"{key}={path}: {file.name}: base_model_name_or_path")
+            if made.adapter is not None:
+                raise InputError(
+                    f"{key}={path}: it stands on another adapter, {made.adapter}: merge that one into {made.base} first"
+                )
+            base = made.base
         return ModelSource(base, folder, str(folder) if (folder / "tokenizer_config.json").is_file() else base)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -11,10 +11,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from alignkit import adapters, weights
+from alignkit import adapters, score_heads, weights
 from alignkit.artifacts import read_json
 from alignkit.chat import load_tokenizer, template_of
-from alignkit.models import HEAD_FILE
 from alignkit.types import InputError, ModelSource
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}
@@ -60,11 +59,13 @@ def check_source(
             )
         own = check_weights(source.adapter, key)
     check_names(source, facts, held, own, key, scores)
-    head = (source.adapter or base) / HEAD_FILE
-    if scores and head.parent.is_dir() and not head.is_file():
-        raise InputError(f"{key}: no reward model, it has no {head.name}: give the folder of a finished reward run")
-    elif head.is_file() and scores and facts.get("hidden_size"):
-        check_head(head, facts["hidden_size"], key)
+    if scores and (source.adapter or base).is_dir():
+        try:
+            head = score_heads.find(source)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
+        if head.ours and facts.get("hidden_size"):
+            check_head(head.file, facts["hidden_size"], key)
     if tokenizer.is_dir():
         check_tokenizer(tokenizer, key)
         check_vocabulary(tokenizer, held, own, key)

@@ -125,7 +125,8 @@ def check_head(tensors: dict[str, Any], folder: Path) -> None:
 
 def check_width(role: str, head: Any, hf: Any) -> None:
     """Refuse a head that reads states of another width than its model's."""
-    width = hf.config.get_text_config().hidden_size
+    config = hf.config.get_text_config()
+    width = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT's states may be narrower than its blocks
     if head.in_features != width:
         raise InputError(
             f"the head of {role} reads states of {head.in_features} numbers, its model has hidden_size={width}: it belongs to "

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import architectures, loaded, quantised
+from alignkit import architectures, loaded, quantised, score_heads
 from alignkit.loaded import copy_adapter as copy_adapter
 from alignkit.ranges import check_date
+from alignkit.score_heads import load_head as load_head
+from alignkit.score_heads import save_head as save_head
+from alignkit.score_heads import score_head as score_head
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-HEAD_FILE = "score_head.safetensors"  # {"weight": [1, d], "bias": [1]}: the bias is the score normalisation
 
 
 @dataclass
@@ -127,43 +127,6 @@ def position_ids(mask: Tensor) -> Tensor:
     """[B, L] bool -> [B, L] i64: 0, 1, 2, … over the valid slots, wherever the padding is (lm-human-preferences)."""
     mask = mask.long()
     return (mask.cumsum(1) - mask).clamp(min=0)
-
-
-def score_head(hidden_size: int, generator: torch.Generator | None = None, bias: bool = True) -> nn.Linear:
-    """A scalar head: weight ~ N(0, 1/(d+1)), bias 0 (summarize-from-feedback's init_scale), float32."""
-    import torch
-
-    head = torch.nn.Linear(hidden_size, 1, bias=bias)
-    torch.nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5, generator=generator)
-    if bias:
-        torch.nn.init.zeros_(head.bias)
-    return head
-
-
-def save_head(head: nn.Linear, folder: Path) -> None:
-    """Write `score_head.safetensors`."""
-    from safetensors.torch import save_file
-
-    save_file(
-        {"weight": head.weight.detach().float().cpu().clone(), "bias": head.bias.detach().float().cpu().clone()},
-        folder / HEAD_FILE,
-    )
-
-
-def load_head(folder: Path) -> nn.Linear:
-    """Read `score_head.safetensors`; `make_roles` compares its width with the model's."""
-    import torch
-    from safetensors.torch import load_file
-
-    if not (folder / HEAD_FILE).is_file():
-        raise InputError(
-            f"{folder} is no reward model: it has no {HEAD_FILE}; give the folder of a finished reward run"
-        )
-    tensors = load_file(folder / HEAD_FILE)
-    loaded.check_head(tensors, folder)
-    head = torch.nn.Linear(tensors["weight"].shape[1], 1)
-    head.load_state_dict(tensors)
-    return head
 
 
 def trunk_hidden(hf: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
@@ -413,18 +376,41 @@ def single_role(hf: PreTrainedModel) -> nn.Module:
     return make_roles({"policy": hf}, {}, switch=lambda role: None)
 
 
-def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:
-    """A finished reward run as a roles module whose only role is reward_model."""
-    folder = source.adapter or Path(source.base)
-    head = load_head(folder)
-    whole = source.adapter is None
-    hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4, headless=whole))
-    if source.adapter is not None:
+def load_scorer(
+    source: ModelSource, model: Model, vocab: int, merged: bool = False
+) -> tuple[PreTrainedModel, nn.Linear]:
+    """The trunk of a reward model and its head: a run of ours, or one of transformers, TRL or PEFT.
+
+    Args:
+        merged: fold an adapter in where it could stay beside the base, for weights that train.
+
+    Raises:
+        InputError: it has no scalar head, or its adapter is not that of the base.
+    """
+    import transformers
+
+    source = score_heads.fetched(source)
+    head, classifier = load_head(source), "AutoModelForSequenceClassification"
+    if source.adapter is None:  # a sequence classifier has no output embedding to load
+        config = transformers.AutoConfig.from_pretrained(source.base, trust_remote_code=model.trust_remote_code)
+        if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+            return load_base(source.base, model, vocab, classifier, num_labels=1), head
+        return load_base(source.base, model, vocab, headless=True), head
+    if score_heads.find(source).ours:
         from peft import LoraConfig, get_peft_model
 
+        hf = quantised.written_out(load_base(source.base, model, vocab, nf4=source.nf4))
         config = LoraConfig.from_pretrained(str(source.adapter))
         config.task_type, config.modules_to_save = "CAUSAL_LM", None
         peft = get_peft_model(hf, config, autocast_adapter_dtype=False)
         copy_adapter(peft, source.adapter, "default")
-        hf = peft.merge_and_unload()
+        return peft.merge_and_unload(), head
+    peft = score_heads.whole_adapter(load_base(source.base, model, vocab, classifier, num_labels=1), source.adapter)
+    disable_dropout(peft)
+    return (peft.merge_and_unload() if merged else peft.get_base_model()), head
+
+
+def load_reward(source: ModelSource, model: Model, vocab: int) -> nn.Module:
+    """A reward model as a roles module whose only role is reward_model."""
+    hf, head = load_scorer(source, model, vocab)
     return make_roles({"reward_model": hf}, {"reward_model": head}, switch=lambda role: None).requires_grad_(False)

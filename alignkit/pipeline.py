@@ -256,7 +256,7 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
     Returns:
         {role: ModelSource} of those that exist now.
     """
-    from alignkit import artifacts, hashes, lints
+    from alignkit import artifacts, check_reward, hashes, lints
     from alignkit.chat import check_fits, template_of
     from alignkit.check_model import check_source
     from alignkit.rules import model_contradictions
@@ -278,8 +278,9 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
                 base = source.base if source.adapter is not None else None
                 made = artifacts.read_manifest(source.run) or {}
                 hashes.check_unchanged(source.run, base, made, f"{key}={path}", cfg.verify)
-            facts = check_source(source, f"{key}={path}", cfg.model.chat_template, scores=role.startswith("rewards."))
-            for line in model_contradictions(cfg, facts, f"{key}={path}"):
+            scores = role.startswith("rewards.")
+            facts = check_source(source, f"{key}={path}", cfg.model.chat_template, scores=scores)
+            for line in model_contradictions(cfg, facts, f"{key}={path}", scores):
                 raise InputError(line)
     if cfg.stage == "ppo":
         for name, reward in cfg.rewards.items():
@@ -288,19 +289,28 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
                 reward.check_accuracy((artifacts.read_manifest(run) or {})["metrics"], f"rewards.{name}")
     artifacts.check_hand_off(sources)
     _check_adapters(cfg, sources)
-    if hasattr(cfg, "finetune"):
-        for role, source in sources.items():
-            cfg.finetune.check_start(source, scores=role.startswith("rewards."))
-    for reward in getattr(cfg, "rewards", {}).values():
-        if hasattr(reward, "load"):
-            reward.load()
     # The model whose tokenizer the stage will use.
     speaks = sources.get(f"policies.{getattr(cfg, 'reference', '')}") or next(iter(sources.values()), None)
     said = _template(cfg, speaks, sources) if weights else []
+    policy = next((source for role, source in sources.items() if not role.startswith("rewards.")), None)
+    for role, source in sources.items() if weights else ():
+        if role.startswith("rewards.") and policy is not None:
+            key = f"{role}.path={cfg.inputs()[role]}"
+            said += check_reward.check_tokens(policy, source, key, cfg.model)
+    for role, source in sources.items() if hasattr(cfg, "finetune") else ():
+        if not role.startswith("rewards."):
+            cfg.finetune.check_start(source)
+            continue
+        cfg.finetune.check_reward(source, policy)
+        if cfg.algorithm.needs_critic:
+            said += cfg.critic.check_reward(cfg.finetune, source, policy)
+    functions = [(name, r, r.adapted()[1]) for name, r in getattr(cfg, "rewards", {}).items() if hasattr(r, "adapted")]
     read = {}
     for data, kind, name, limit in cfg.row_sets():
         if (data.path or data is cfg.data) and not any(data.path.startswith(f"{folder}/") for folder in later):
             rows = data.rows(kind)
+            for reward, function, form in functions if data is cfg.data else ():
+                function.check_rows(rows, form, f"rewards.{reward}")
             if speaks is not None and weights and Path(speaks.tokenizer).is_dir():
                 folder = Path(speaks.tokenizer)
                 template = template_of(folder, cfg.model.chat_template, cfg.model.template_date)

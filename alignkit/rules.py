@@ -101,12 +101,13 @@ def _rewards(cfg: Any) -> Iterator[str]:
         )
 
 
-def model_contradictions(cfg: Any, facts: dict[str, Any], key: str) -> Iterator[str]:
+def model_contradictions(cfg: Any, facts: dict[str, Any], key: str, scores: bool = False) -> Iterator[str]:
     """One line for each setting of a stage that the model cannot follow.
 
     Args:
         facts: the model's config.json.
         key: the config key the model was given as.
+        scores: it is a reward model, which neither trains nor speaks.
     """
     rollout: Any = getattr(cfg, "rollout", None)
     if not key.startswith("rewards."):  # which neither train nor answer
@@ -119,6 +120,8 @@ def model_contradictions(cfg: Any, facts: dict[str, Any], key: str) -> Iterator[
     for keys, tokens in lengths(cfg):
         if longest and not scaled and tokens > longest:
             yield f"{keys} = {tokens} tokens, but {key} takes {longest} (its config.json): lower {keys.split('=')[0]}"
+    if scores:
+        return
     blocks = next((facts[name] for name in BLOCKS if isinstance(facts.get(name), int)), None)
     layers = getattr(getattr(cfg, "finetune", None), "last_layers", None)
     if blocks and layers and layers > blocks:

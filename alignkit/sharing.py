@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -174,13 +173,14 @@ def _file(path: str) -> str:
 
 
 def _source(reward: Any) -> str:
-    """The hash of the file that a reward function stands in; what that file imports is not followed."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(reward.load()))
-    except TypeError:  # a builtin, or an object with __call__
-        file = None
-    name = reward.target.partition(":")[2]
-    return _digest(name.encode() + (Path(file).read_bytes() if file else reward.target.encode()))
+    """The hash of the file that a reward function stands in and of those beside it that it imports. None is run.
+
+    What is installed is followed no further than the function's own package, and a file that the function reads is not
+    seen.
+    """
+    name = reward.target.rpartition(":")[2]
+    files = [file.read_bytes() for file in reward.source_files()]
+    return _digest(name.encode() + (b"".join(files) or reward.target.encode()))
 
 
 def _digest(data: bytes) -> str:

@@ -277,7 +277,9 @@ def test_a_pipeline_says_at_its_start_that_a_later_stage_cannot_answer(tmp_path)
 
 def test_a_pipeline_says_at_its_start_that_a_later_stage_has_too_many_tokens(tmp_path):
     work = make_work(tmp_path / "work")
-    refused(work, command("pipeline", "model.path=model", "ppo.max_prompt_length=2000"), "max_prompt_length=2000", "2048")
+    refused(
+        work, command("pipeline", "model.path=model", "ppo.max_prompt_length=2000"), "max_prompt_length=2000", "2048"
+    )
 
 
 # ------------------------------------------------------------------------------------------- the lists, by the libraries
@@ -309,7 +311,9 @@ def test_the_lists_hold_for_every_causal_architecture_of_the_installed_libraries
         trunk = getattr(module, trunk[0] if isinstance(trunk, tuple) else trunk or "", causal)
         facts = {"model_type": kind, "architectures": [name]}
         try:
-            facts |= {k: v for k, v in CONFIG_MAPPING[kind]().to_dict().items() if k.endswith("_config") or "encoder" in k}
+            facts |= {
+                k: v for k, v in CONFIG_MAPPING[kind]().to_dict().items() if k.endswith("_config") or "encoder" in k
+            }
         except Exception:  # a config that has no defaults
             continue
         trained = not [*architectures.refusals(facts, "x")]

@@ -70,7 +70,12 @@ ARCHITECTURES: dict[str, dict] = {
     "olmo2": {},
     "phi": {},
     "starcoder2": {},
-    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 6.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5},
+    "granite": {
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+    },
     "cohere": {"logit_scale": 0.25},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},

@@ -12,6 +12,8 @@ from alignkit.types import InputError
 if TYPE_CHECKING:
     from torch import nn
 
+    from alignkit.types import ModelSource
+
 
 @dataclass
 class Critic:
@@ -47,8 +49,31 @@ class Critic:
                 "critic.head=reward_model with critic.weights=policy: the head reads other states; use zero"
             )
 
+    def check_reward(self, finetune: Any, reward: ModelSource | None, policy: ModelSource | None) -> list[str]:
+        """Refuse to start as a reward model whose weights do not fit the critic's base.
+
+        Returns:
+            What is to be said: that it starts as the policy then.
+
+        Raises:
+            InputError: naming both bases.
+        """
+        if reward is None or policy is None or finetune.critic_starts_as(reward, policy):
+            return []
+        for name in ("weights", "head"):
+            if getattr(self, name) == "reward_model":
+                raise InputError(
+                    f"critic.{name}=reward_model with finetune={finetune.name}: the critic is an adapter on {policy.base}, and the "
+                    f"reward model {reward.adapter or reward.base} is none on it: use critic.weights=policy critic.head=random"
+                )
+        if self.kind == "trunk" or self.weights == "policy":
+            return []
+        return [
+            f"the reward model {reward.adapter or reward.base} is held by itself: the critic starts as the policy, not as it"
+        ]
+
     def resolved(self, finetune: Any, learned_reward: bool) -> Critic:
-        """The same without auto."""
+        """The same without auto; `learned_reward`: there is a reward model that it can start as."""
         kind = finetune.critic_kinds[0] if self.kind == "auto" else self.kind
         weights = ("reward_model" if learned_reward else "policy") if self.weights == "auto" else self.weights
         if kind == "trunk":

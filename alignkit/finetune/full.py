@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from alignkit import adapters, models
@@ -12,6 +11,8 @@ from alignkit.finetune.critic import Critic
 from alignkit.types import InputError, Payload
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from alignkit.types import ModelSource
@@ -38,6 +39,13 @@ class Full:
                 f"{adapters.merged_folder(start)}: {adapters.merge_command(start)}"
             )
 
+    def check_reward(self, reward: ModelSource | None, policy: ModelSource | None) -> None:
+        """Goes with every reward model: each is held by itself."""
+
+    def critic_starts_as(self, reward: ModelSource, policy: ModelSource) -> bool:
+        """A critic is a model of its own, whatever its base."""
+        return True
+
     def peft_config(self, task_type: str, hf: nn.Module) -> Any:
         """None: TRL then trains the model itself."""
         return None
@@ -62,15 +70,16 @@ class Full:
         }
         heads: dict[str, nn.Linear] = {}
         if reward is not None:
-            self.check_start(reward)
-            parts["reward_model"] = models.load_base(reward.base, model, vocab, headless=True)
-            heads["reward_model"] = models.load_head(Path(reward.base))
+            parts["reward_model"], heads["reward_model"] = models.load_scorer(reward, model, vocab)
         if critic is not None:
             critic = critic.resolved(self, reward is not None)
-            heads["critic"] = critic.new_head(parts["policy"].config.hidden_size, heads.get("reward_model"))
             if critic.kind == "separate":
-                start = reward if critic.weights == "reward_model" and reward is not None else source
-                parts["critic"] = models.load_base(start.base, model, vocab, headless=start is reward)
+                if critic.weights == "reward_model" and reward is not None:
+                    parts["critic"], _ = models.load_scorer(reward, model, vocab, merged=True)
+                else:
+                    parts["critic"] = models.load_base(source.base, model, vocab)
+            width = parts["critic" if critic.kind == "separate" else "policy"].config.hidden_size
+            heads["critic"] = critic.new_head(width, heads.get("reward_model"))
         trunk = critic is not None and critic.kind == "trunk"
         roles = models.make_roles(parts, heads, switch=lambda role: None, trunk_critic=trunk)
         models.train_only(roles, [p for role in ("policy", "critic") for p in self.parameters(roles, role)])

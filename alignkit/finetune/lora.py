@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit import adapters, architectures, loaded, models
+from alignkit import adapters, architectures, loaded, models, score_heads
 from alignkit.finetune.critic import Critic
 from alignkit.ranges import num
 from alignkit.types import InputError, Payload
@@ -62,6 +62,20 @@ class LoRA:
             )
             raise InputError(f"finetune has {ours}, but {adapter} was trained with another shape: give {fix}")
 
+    def check_reward(self, reward: ModelSource | None, policy: ModelSource | None) -> None:
+        """As `check_start`, of a reward run whose adapter lies on the policy's base: the critic starts as it.
+
+        Any other reward model is held as it is, beside the base.
+        """
+        if reward is None or policy is None or reward.run is None:
+            return
+        if reward.adapter is not None and score_heads.place(reward.base) == score_heads.place(policy.base):
+            self.check_start(reward, scores=True)
+
+    def critic_starts_as(self, reward: ModelSource, policy: ModelSource) -> bool:
+        """Whether a critic can start as that reward model: it is an adapter on the policy's base."""
+        return score_heads.shares_base(reward, policy.base, self.nf4)
+
     def peft_config(self, task_type: str, hf: nn.Module) -> Any:
         """PEFT's LoraConfig for `hf`."""
         from peft import LoraConfig
@@ -107,7 +121,7 @@ class LoRA:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.check_start(source)
-        self.check_start(reward, scores=True)
+        self.check_reward(reward, source)
         torch.manual_seed(seed)
         hf = models.load_base(source.base, model, vocab, nf4=self.nf4)
         heads: dict[str, nn.Linear] = {}
@@ -125,19 +139,19 @@ class LoRA:
                 hf, self.peft_config("CAUSAL_LM", hf), adapter_name="policy", autocast_adapter_dtype=False
             )
             adapters |= {"policy"}
-        if reward is not None:
-            if reward.adapter is None or _place(reward.base) != _place(source.base):
-                raise InputError(
-                    f"the reward model's base {reward.base} is not the policy's base {source.base}, so their adapters cannot "
-                    "share it; train the reward model from the same SFT run, or use finetune=full"
-                )
+        shared = reward is not None and score_heads.shares_base(reward, source.base, self.nf4)
+        parts = dict.fromkeys(("policy", "ref_policy"), hf)
+        if reward is not None and shared:
+            assert reward.adapter is not None  # what is shared is an adapter
             _load_trunk_adapter(peft, reward.adapter, "reward_model")
-            heads["reward_model"] = models.load_head(reward.adapter)
+            parts["reward_model"], heads["reward_model"] = hf, models.load_head(reward)
             adapters |= {"reward_model"}
-        parts = dict.fromkeys(("policy", "ref_policy", *heads), hf)
+        elif reward is not None:
+            parts["reward_model"], heads["reward_model"] = models.load_scorer(reward, model, vocab)
         pefts = [peft]
         if critic is not None:
-            critic = critic.resolved(self, reward is not None)
+            critic.check_reward(self, reward, source)
+            critic = critic.resolved(self, shared)
             heads["critic"] = critic.new_head(hf.config.hidden_size, heads.get("reward_model"))
             start = reward if critic.weights == "reward_model" and reward is not None else source
             if critic.kind == "adapter":
@@ -151,7 +165,7 @@ class LoRA:
                     models.copy_adapter(pefts[1], start.adapter, "critic")
         for each in pefts:
             models.disable_dropout(each)
-        layers = [m for m in peft.modules() if isinstance(m, BaseTunerLayer)]
+        layers = [m for m in peft.modules() if isinstance(m, BaseTunerLayer)]  # not of a reward model of its own
 
         def switch(role: str) -> None:
             # Not set_adapter(): it costs tens of milliseconds and resets requires_grad (peft 0.21.2).
@@ -228,8 +242,3 @@ def _load_trunk_adapter(peft: Any, folder: Path, name: str) -> None:
 def _without_wrappers(name: str) -> str:
     """The name of a weight before PEFT wrapped its module."""
     return re.sub(r"(\.base_layer)+(?=\.)", "", name)
-
-
-def _place(base: str) -> str:
-    """A folder in one spelling; a hub id as it is."""
-    return str(Path(base).resolve()) if Path(base).is_dir() else base

@@ -18,7 +18,7 @@ vLLM); `scripts/plan_vs_measured.py` compares them with real runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignkit.plan.shape import Shape
@@ -169,15 +169,18 @@ def fused_head(shape: Shape, tokens: int, b: int, full: bool, gpu: bool) -> floa
     return rows * (TILE[1] * b if gpu else width * (b + 7 * 4 + 1)) + head
 
 
-def predict(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, adapter: bool = False) -> list[Phase]:
+def predict(
+    cfg: Any, shape: Shape, device: Device, prompt: int, length: int, adapter: bool = False, reward: Shape | None = None
+) -> list[Phase]:
     """The phases of a stage and the bytes a rank holds at the peak of each.
 
     Args:
+        reward: of a reward model that is held by itself beside the base; None: an adapter on it, or a model of its shape.
         prompt: longest prompt, tokens (ppo, sample, evaluate).
         length: longest row, tokens.
         adapter: the stage starts from an adapter.
     """
-    phases = _phases(cfg, shape, device, prompt, length, adapter)
+    phases = _phases(cfg, shape, device, prompt, length, adapter, reward)
     graph = max(phase.parts.get("activations", 0) for phase in phases)
     for phase in phases if cfg.stage in HEAP and not device.gpu else ():
         if phase.name == "step":  # a step's tensors are large, and mapped beside the heap that the graph has left
@@ -187,7 +190,9 @@ def predict(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
     return phases
 
 
-def _phases(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, adapter: bool) -> list[Phase]:
+def _phases(
+    cfg: Any, shape: Shape, device: Device, prompt: int, length: int, adapter: bool, reward: Shape | None
+) -> list[Phase]:
     """`predict` without what the allocator adds."""
     held = roles(cfg, shape, adapter)
     b = number_bytes(cfg)
@@ -196,7 +201,9 @@ def _phases(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
     size = 0
     if held.adapters:
         size = shape.adapter(cfg.finetune.rank, cfg.finetune.target_modules, cfg.finetune.last_layers)
-    weights = held.bases * shape.parameters * b
+    weights: float = held.bases * shape.parameters * b
+    if reward is not None:
+        held, weights = _beside(cfg, held, weights, shape, reward)
     if cfg.deepspeed.stage == 3:  # of every rank its share, and the block at work and the embedding whole
         weights = weights / cfg.launcher.num_ranks + (2 * shape.block + shape.embedding) * b
     base: dict[str, float] = {"libraries": libraries, "weights": weights, "adapters": held.adapters * size * b}
@@ -253,6 +260,14 @@ def _phases(cfg: Any, shape: Shape, device: Device, prompt: int, length: int, ad
     if folded:
         phases.append(Phase("sync", base | engine | {"folded": layers * shape.block_matrix * b}))
     return phases
+
+
+def _beside(cfg: Any, held: Roles, weights: float, shape: Shape, reward: Shape) -> tuple[Roles, float]:
+    """What a stage holds where its reward model is a model of another shape: it counts as an adapter or as a base before."""
+    b = number_bytes(cfg)
+    if cfg.stage == "ppo" and cfg.finetune.name != "full":
+        return replace(held, adapters=held.adapters - 1), weights + reward.trunk * b
+    return replace(held, bases=held.bases - 1), weights + (reward.trunk - shape.parameters) * b
 
 
 def _trl(cfg: Any, shape: Shape, held: Roles, length: int, gpu: bool) -> dict[str, dict[str, float]]:

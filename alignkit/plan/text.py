@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from alignkit import artifacts
+from alignkit import artifacts, score_heads
 from alignkit.plan import compute, counts, fit, memory
 from alignkit.plan.shape import Shape, find_config, read_shape
 from alignkit.types import InputError, ModelSource
@@ -95,6 +95,7 @@ class Model:
     base: str
     tokenizer: str
     adapter: bool  # it starts as an adapter on `base`
+    reward: str | None = None  # base of a reward model that is held by itself beside this one
 
     @classmethod
     def of(cls, cfg: Any, sources: dict[str, ModelSource], pipeline: Any | None) -> Model:
@@ -104,7 +105,16 @@ class Model:
             assert pipeline is not None  # a stage alone has all its sources
             first = artifacts.resolve_model(pipeline.model.path, weights=False)
             return cls(first.base, first.tokenizer, first.adapter is not None or pipeline.finetune.name != "full")
-        return cls(source.base, source.tokenizer, source.adapter is not None)
+        rewards = [found for role, found in sources.items() if role.startswith("rewards.")]
+        alone = [reward.base for reward in rewards if _held_alone(cfg, reward, source)]
+        return cls(source.base, source.tokenizer, source.adapter is not None, next(iter(alone), None))
+
+
+def _held_alone(cfg: Any, reward: ModelSource, policy: ModelSource) -> bool:
+    """Whether a reward model may be of another shape than the policy, or is no adapter on its base where others are."""
+    if cfg.stage == "ppo" and cfg.finetune.name != "full":
+        return not score_heads.shares_base(reward, policy.base, cfg.finetune.nf4)
+    return score_heads.place(reward.base) != score_heads.place(policy.base)
 
 
 @dataclass
@@ -134,7 +144,11 @@ def make(cfg: Any, model: Model, device: memory.Device, planned: int | None = No
     except InputError as error:
         notes.append(f"memory and FLOPs are not predicted: {error}")
     work = counts.count(cfg, tokenizer, planned)
-    phases = [] if shape is None else predict(cfg, shape, device, work, model)
+    phases = []
+    try:
+        phases = [] if shape is None else predict(cfg, shape, device, work, model)
+    except InputError as error:
+        notes.append(f"memory is not predicted: of the reward model {error}")
     return Plan(work, shape, phases, device, model, notes)
 
 
@@ -148,7 +162,8 @@ def written_rows(cfg: Any, pipeline: Any) -> int | None:
 
 def predict(cfg: Any, shape: Shape, device: memory.Device, work: counts.Work, model: Model) -> list[memory.Phase]:
     """`memory.predict` for the rows that were found."""
-    return memory.predict(cfg, shape, device, work.longest - work.slots, work.longest, model.adapter)
+    reward = None if model.reward is None else read_shape(model.reward)
+    return memory.predict(cfg, shape, device, work.longest - work.slots, work.longest, model.adapter, reward)
 
 
 def differences(cfg: Any, components: Any) -> tuple[list[str], list[str]]:

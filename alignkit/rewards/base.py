@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alignkit import models
-from alignkit.types import ModelSource, Rollouts, RunError, ScoredRollouts
+from alignkit.rewards.signature import Batch, as_numbers
+from alignkit.types import ModelSource, Rollouts, ScoredRollouts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,23 +32,24 @@ def text_scorer(context: Context, function: Callable[[list, list[str], list[dict
     Raises (when called):
         RunError: the function returns another number of scores than responses, or one that is no finite number.
     """
+    return batch_scorer(
+        context, lambda batch: as_numbers(function(batch.prompts, batch.responses, batch.meta), batch, name)
+    )
+
+
+def batch_scorer(context: Context, function: Callable[[Batch], list[float]]) -> Scorer:
+    """A function of a batch of texts, which gives one finite number a response, as a function of rollouts."""
 
     def score(rollouts: Rollouts) -> Tensor:
         import torch
 
-        responses = response_texts(context.tokenizer, rollouts)
-        values = function([row.get("prompt") for row in rollouts.meta], responses, rollouts.meta)
-        scores = torch.as_tensor(values, dtype=torch.float32)
-        if scores.shape != (len(responses),):
-            raise RunError(
-                f"reward {name}: {tuple(scores.shape)} scores for {len(responses)} responses; expected one a response"
-            )
-        if not torch.isfinite(scores).all():
-            bad = int((~torch.isfinite(scores)).nonzero()[0])
-            raise RunError(
-                f"reward {name}: score {float(scores[bad])} for response {responses[bad]!r}; expected a finite number"
-            )
-        return scores
+        batch = Batch(
+            [row.get("prompt") for row in rollouts.meta],
+            response_texts(context.tokenizer, rollouts),
+            rollouts.meta,
+            _response_ids(rollouts),
+        )
+        return torch.tensor(function(batch), dtype=torch.float32)
 
     return score
 
@@ -56,11 +58,15 @@ def response_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
     """The valid response tokens of every row as text, without special tokens and without what ended it."""
     from alignkit import tokens
 
-    rows = zip(rollouts.response_ids.tolist(), rollouts.response_mask.tolist(), strict=True)
-    kept = [[token for token, valid in zip(ids, mask, strict=True) if valid] for ids, mask in rows]
     ends = tokens.stops(tokenizer)
-    kept = [ids[:-1] if ids and ids[-1] in ends else ids for ids in kept]
+    kept = [ids[:-1] if ids and ids[-1] in ends else ids for ids in _response_ids(rollouts)]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _response_ids(rollouts: Rollouts) -> list[list[int]]:
+    """The valid response tokens of every row."""
+    rows = zip(rollouts.response_ids.tolist(), rollouts.response_mask.tolist(), strict=True)
+    return [[token for token, valid in zip(ids, mask, strict=True) if valid] for ids, mask in rows]
 
 
 def start_all(rewards: dict[str, Any], context: Context) -> Callable[..., ScoredRollouts]:

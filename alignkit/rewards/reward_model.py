@@ -1,4 +1,4 @@
-"""The learned reward: a reward stage's adapter (or model) and its scalar head."""
+"""The learned reward: a reward run's adapter (or model) and its scalar head, or a sequence classifier from elsewhere."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class RewardModel:
-    """Score of a finished reward run, read at the last token of prompt and response."""
+    """Score of a reward model, read at the last token of prompt and response."""
 
     name: str = "reward_model"
-    path: str = MISSING  # a finished reward run: runs/<name>/reward
+    path: str = MISSING  # a reward run, runs/<name>/reward, or an AutoModelForSequenceClassification with num_labels=1
     weight: float = 1.0  # in the sum of rewards
     micro_batch_size: int = num(16, ge=1)  # sequences of one forward, outside PPO
     min_accuracy: float = num(0.5, ge=0, le=1)  # on held-out pairs; PPO refuses what is surely (95 %) below; 0: none

@@ -9,7 +9,10 @@ import pytest
 from jobs import metrics, run_many
 from tiny import ARCHITECTURES, tiny_architecture
 
-TOGETHER = ("gpt_neox", "granite")  # in one process, in every run of the tests: one by transformers' class, one by vLLM's
+TOGETHER = (
+    "gpt_neox",
+    "granite",
+)  # in one process, in every run of the tests: one by transformers' class, one by vLLM's
 OTHERS = [pytest.param((kind,), marks=pytest.mark.slow, id=kind) for kind in ARCHITECTURES if kind not in TOGETHER]
 
 
