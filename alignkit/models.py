@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import quantised
+from alignkit import quantised, saving
 from alignkit.types import InputError, ModelSource, RunError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def load_base(
     if vocab > hf.trained_rows:
         hf.resize_token_embeddings(vocab, mean_resizing=False)
     hf.config.use_cache = False
+    saving.unset_unwritable(hf)
     disable_dropout(hf)
     return hf
 

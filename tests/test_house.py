@@ -68,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"config", "engine", "interrupt", "stages", "artifacts", "log", "types"},
     "stages": {
         *("config", "engine", "artifacts", "batches", "checkpoint", "data", "tokens", "models", "log", "demo", "types"),
-        *("finite", "interrupt"),
+        *("finite", "interrupt", "saving"),
         *("algorithms", "rewards", "rollout", "finetune", "report_card", "report_card_html"),
     },
     "config": {
@@ -90,8 +90,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"layouts", "files", "demo", "types"},
     "layouts": {"types"},
     "files": {"types"},
-    "models": {"types", "algorithms.functional", "quantised"},
+    "models": {"types", "algorithms.functional", "quantised", "saving"},
     "quantised": set(),
+    "saving": {"types"},
     "engine": {"types", "zero"},
     "zero": {"types"},
     "batches": {"types"},

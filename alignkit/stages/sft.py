@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from alignkit import artifacts, data, models, tokens
+from alignkit import artifacts, data, models, saving, tokens
 from alignkit.config import SFT
 from alignkit.engine import World
 from alignkit.log import RunLog
-from alignkit.stages import _trl
+from alignkit.stages import _measure, _trl
 
 
 def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -47,18 +47,18 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
             neftune_noise_alpha=cfg.neftune_noise_alpha,
         ),
         train_dataset=train,
-        eval_dataset=evaluation,
         processing_class=tokenizer,
         callbacks=[reporter],
     )
 
-    # 3. Train, measure on the held-out rows, write the model for the next stage.
+    # 3. Train, write the model for the next stage, measure it on the held-out rows.
     metrics = _trl.train(trainer, cfg, world, log)
+    with saving.weights(cfg.run_dir / "model"):
+        trainer.save_model(str(cfg.run_dir / "model"))
     if evaluation is not None:
-        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
-    trainer.save_model(str(cfg.run_dir / "model"))
-    if world.rank == 0:
-        tokenizer.save_pretrained(cfg.run_dir / "model")
+        with saving.beside(cfg.run_dir / "model"):
+            pad_id, micro = tokenizer.pad_token_id, cfg.micro_batch_size
+            metrics |= _measure.held_out(trainer, evaluation, pad_id, world, micro)
     facts = artifacts.describe(
         source,
         tokenizer_hash=tokens.tokenizer_hash(tokenizer),
