@@ -27,16 +27,13 @@ MIB = 2**20
 def unset_unwritable(hf: PreTrainedModel) -> None:
     """Unset what of a model's generation settings transformers reads but will not write again.
 
-    Those are settings without effect (a temperature beside do_sample=false) and settings that stand in config.json. What
-    was unset is kept in `hf.unwritable`, {name: value}, for `describe_unwritable`.
+    Those are settings without effect, such as a temperature beside do_sample=false. What was unset is kept in
+    `hf.unwritable`, {name: value}, for `describe_unwritable`.
     """
     from transformers import GenerationConfig
 
     hf.unwritable = {}
-    config, plain = hf.config, GenerationConfig()
-    for name, value in config._get_generation_parameters().items():
-        hf.unwritable[name] = value
-        setattr(config, name, None)
+    plain = GenerationConfig()
     found = getattr(hf, "generation_config", None)
     if found is None:
         return
@@ -47,7 +44,7 @@ def unset_unwritable(hf: PreTrainedModel) -> None:
         odd = odd or [n for n in given if not n.endswith("_token_id") and getattr(found, n) != getattr(plain, n)]
         if not odd:
             raise InputError(
-                f"generation_config.json of {config._name_or_path} cannot be saved again: {_line(refusal)}"
+                f"generation_config.json of {hf.config._name_or_path} cannot be saved again: {_line(refusal)}"
             )
         for name in odd:
             hf.unwritable[name] = getattr(found, name)
@@ -60,9 +57,7 @@ def describe_unwritable(hf: Any) -> list[str]:
     if not unset:
         return []
     what = ", ".join(f"{name}={value}" for name, value in unset.items())
-    return [
-        f"{hf.config._name_or_path}: its generation settings hold {what}, without effect or out of place: not saved"
-    ]
+    return [f"{hf.config._name_or_path}: its generation settings hold {what}, which has no effect there: not saved"]
 
 
 def _refusal(generation_config: Any) -> str | None:

@@ -147,7 +147,12 @@ def test_by_default_a_cut_answer_is_never_worth_more_than_it_scored(options):
     "scores, finished, shaped, words",
     [
         (LOW, CUT, [-6.0, -9.0, -7.5], None),
-        (LOW, CUT, [-6.0, -1.0, -7.5], "1 answers cut by their length are worth -1 on average, the 2 finished ones -6.75; 1 are"),
+        (
+            LOW,
+            CUT,
+            [-6.0, -1.0, -7.5],
+            "1 answers cut by their length are worth -1 on average, the 2 finished ones -6.75; 1 are",
+        ),
         (torch.tensor([-6.0, -3.0, -7.5]), CUT, [-6.0, -3.0, -7.5], "worth -3 on average, the 2 finished ones -6.75: "),
         (torch.tensor([0.5, 0.9, -0.2]), CUT, [0.5, -1.0, -0.2], None),
         (LOW, ~CUT & False, [-1.0, -1.0, -1.0], "3 answers cut by their length are worth -1 on average; 3 are"),

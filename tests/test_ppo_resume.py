@@ -122,7 +122,9 @@ def test_the_schedule_of_a_policy_that_stands_still_does_not_move(work, tiny, mo
     rows, still = whole[0], [{"policy/learning_rate", "policy/loss"} & row.keys() for row in whole[0]]
     assert still == [set(), set(), *[{"policy/learning_rate", "policy/loss"}] * 2]
     assert [row["policy/learning_rate"] for row in rows[2:]] == pytest.approx([1e-2, 5e-3])
-    assert [row["critic/learning_rate"] for row in rows] == pytest.approx([1e-4 * (1 - i / STEPS) for i in range(STEPS)])
+    assert [row["critic/learning_rate"] for row in rows] == pytest.approx(
+        [1e-4 * (1 - i / STEPS) for i in range(STEPS)]
+    )
     assert [row["objective/kl"] for row in rows[:3]] == [0, 0, 0]
     coefs = [row["objective/kl_coef"] for row in rows]
     assert coefs[0] == coefs[1] == coefs[2] != coefs[3]
@@ -155,7 +157,9 @@ def test_a_coefficient_cannot_adapt_to_a_kl_that_is_not_known(work, tiny, monkey
 def test_where_being_cut_pays_it_is_said_once_at_the_first_such_step(work, tiny, monkeypatch, mode, told):
     """Every score lies below -1, and the tiny model hardly ever ends within six tokens."""
     (work / "mine.py").write_text("def score(prompts, responses, meta): return [-9.0 for r in responses]\n")
-    run_dir = run(work, tiny, mode, None, monkeypatch, f"algorithm.missing_eos={mode}", "algorithm.normalize_scores=false")
+    run_dir = run(
+        work, tiny, mode, None, monkeypatch, f"algorithm.missing_eos={mode}", "algorithm.normalize_scores=false"
+    )
     said = [note for note in notes(run_dir) if "cut by their length" in note]
     assert len(said) == told and all(note.startswith("step 0: ") and "missing_eos" in note for note in said)
 
@@ -183,7 +187,9 @@ def test_what_fails_after_the_training_does_not_lose_the_weights(work, tiny, mon
     from alignkit.rollout.hf import HFSampler
 
     if where == "tokenizer":
-        monkeypatch.setattr(Tokenizer, "save_pretrained", after_the_start(Tokenizer.save_pretrained, TypeError("an object")))
+        monkeypatch.setattr(
+            Tokenizer, "save_pretrained", after_the_start(Tokenizer.save_pretrained, TypeError("an object"))
+        )
     else:
         monkeypatch.setattr(HFSampler, "close", after_the_start(lambda self: None, OSError("gone")), raising=False)
         HFSampler.close(None)  # that was its first
@@ -208,7 +214,9 @@ def test_what_cannot_be_saved_is_found_before_the_first_step(work, tiny, monkeyp
 def test_a_disk_too_small_for_the_checkpoints_is_found_before_the_first_step(work, tiny, monkeypatch):
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     run(work, tiny, "fits", None, monkeypatch)
-    with pytest.raises(InputError, match=r"of 0\.\d MiB and 3 checkpoints of \d\.\d MiB\), 1.0 MiB are free there: make room"):
+    with pytest.raises(
+        InputError, match=r"of 0\.\d MiB and 3 checkpoints of \d\.\d MiB\), 1.0 MiB are free there: make room"
+    ):
         run(work, tiny, "full", None, monkeypatch, "save_steps=1")
     assert not (work / "full" / "ppo" / "metrics.jsonl").exists()
 
@@ -218,5 +226,7 @@ def test_a_disk_that_is_full_at_the_end_is_said_with_what_is_free(work, tiny, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(LoRA, "save", full)
-    with pytest.raises(RunError, match=r"cannot be written to .*full/ppo/model: .*No space left.*; [\d,.]+ MiB are free"):
+    with pytest.raises(
+        RunError, match=r"cannot be written to .*full/ppo/model: .*No space left.*; [\d,.]+ MiB are free"
+    ):
         run(work, tiny, "full", None, monkeypatch)

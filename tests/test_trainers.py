@@ -11,7 +11,6 @@ import random
 
 import pytest
 import torch
-
 from nets import ONE
 from test_ranks import start_ranks
 from tiny import WORDS, tiny_model

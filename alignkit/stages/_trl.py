@@ -98,15 +98,9 @@ def train(trainer: Any, cfg: TrainStage, world: World, log: RunLog) -> dict[str,
         partial.mkdir(parents=True)
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         model = saving.model_bytes(trainer.model, trained)
-        saving.before(
-            cfg,
-            log,
-            trainer.processing_class,
-            trainer.model,
-            model,
-            model + saving.adam_bytes(trained),
-            steps_of(cfg, trainer),
-        )
+        checkpoint_bytes = model + saving.adam_bytes(trained)
+        steps = math.ceil(epoch_steps(cfg, trainer) * cfg.epochs) if cfg.max_steps < 0 else cfg.max_steps
+        saving.before(cfg, log, trainer.processing_class, trainer.model, model, checkpoint_bytes, steps)
     world.barrier()
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     world.barrier()  # the Trainer ends with a look into its folder, on every rank
@@ -119,10 +113,9 @@ def train(trainer: Any, cfg: TrainStage, world: World, log: RunLog) -> dict[str,
     return {"train_loss": sum(losses) / len(losses), "steps": state.global_step}
 
 
-def steps_of(cfg: TrainStage, trainer: Any) -> int:
-    """How many optimizer steps the run takes."""
-    an_epoch = math.ceil(len(trainer.train_dataset) / cfg.mini_batch_size)
-    return math.ceil(an_epoch * cfg.epochs) if cfg.max_steps < 0 else cfg.max_steps
+def epoch_steps(cfg: TrainStage, trainer: Any) -> int:
+    """How many optimizer steps a pass over the rows takes."""
+    return math.ceil(len(trainer.train_dataset) / cfg.mini_batch_size)
 
 
 class StopEarly(TrainerCallback):
@@ -195,6 +188,7 @@ def careful(cls: type, cfg: TrainStage, world: World, reporter: Reporter) -> typ
 
         def log(self, logs: dict[str, float], *args: Any) -> None:
             metrics = self._metrics["train"]
+            self.state.epoch = self.state.global_step / epoch_steps(cfg, self)  # the Trainer's counts micro-batches
             for name, values in metrics.items():
                 metrics[name] = [over_step(name, values, self.counts)] if name != "num_tokens" else values
             super().log(logs, *args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from trl import SFTConfig, SFTTrainer
 
@@ -34,6 +36,8 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     elif peft_config is not None:
         torch.manual_seed(cfg.seed)
         hf = models.new_adapter(hf, peft_config)
+    if cfg.neftune_noise_alpha is not None:
+        add_noise(hf, cfg.neftune_noise_alpha)
     names = {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}
     reporter = _trl.Reporter(log, names, ("policy/loss",))
     trainer = _trl.careful(SFTTrainer, cfg, world, reporter)(
@@ -44,7 +48,6 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
             world,
             max_length=None,  # over-long rows were left out whole, and counted
             completion_only_loss=True,
-            neftune_noise_alpha=cfg.neftune_noise_alpha,
         ),
         train_dataset=train,
         processing_class=tokenizer,
@@ -67,3 +70,25 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         nf4=cfg.finetune.nf4,
     )
     return metrics, facts
+
+
+def add_noise(hf: Any, alpha: float) -> None:
+    """Uniform noise on the embeddings of a causal LM while it trains (NEFTune, arXiv 2310.05914): within
+    alpha / sqrt(l d) in a row of l tokens and d dimensions.
+
+    transformers' own hook takes for l the slots of the batch, its padding too: what a row got depended on those beside it.
+    """
+    base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+    lengths: list[torch.Tensor] = []
+
+    def note(module: Any, args: tuple, inputs: dict[str, Any]) -> None:
+        lengths[:] = [inputs["attention_mask"].sum(1)]
+
+    def noisy(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        bound = alpha / (lengths[0] * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * bound[:, None, None].to(output.dtype)
+
+    base.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    base.get_input_embeddings().register_forward_hook(noisy)
