@@ -72,9 +72,13 @@ def intact(final: Path, partial: Path) -> Iterator[None]:
         yield
     except RunError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's is a RuntimeError
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
+        # torch.save's is a RuntimeError; ValueError and TypeError are of what stands beside the weights.
+        free = shutil.disk_usage(run_dir := final.parent.parent).free / 2**20
         shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-        raise RunError(f"the checkpoint {final} cannot be written: {error}; those before it are intact") from error
+        raise RunError(
+            f"the checkpoint {final} cannot be written: {error}; {free:,.0f} MiB are free in {run_dir}; those before it are intact"
+        ) from error
 
 
 def publish(partial: Path, final: Path, state: dict[str, Any], keep_last: int, keep_best: str | None) -> None:

@@ -232,7 +232,7 @@ class PPO(Resumable):
             divides("ptx.mini_batch_size", self.ptx.mini_batch_size, ranks=ranks)
         self.algorithm.check(self.group_size, self.rollout_batch_size // self.mini_batch_size)
         self.rollout.check()
-        self.rollout.check_unbiased()
+        self.rollout.check_unbiased(self.algorithm.adaptive_kl_target)
 
     def row_sets(self) -> list[tuple[Data, Kind, str, int]]:
         return [*super().row_sets(), (self.ptx.data, "sft", "ptx.max_length", self.ptx.max_length)]

@@ -184,7 +184,7 @@ def truncated(run: Run) -> Finding | None:
     """Hardly any answer ends by itself: its score is replaced or was never about a whole answer."""
     points = run.finite("rollout/finished")
     begin, _, end = thirds(points)
-    # Under one in ten: with missing_eos=replace the score of nine answers in ten is the same constant.
+    # Under one in ten: with missing_eos=replace, or at_most below the scores, nine answers in ten score the same constant.
     if mean(end) >= 0.1:
         return None
     # Text that is cut by design says so with missing_eos=none and never ended from the start.
@@ -198,8 +198,8 @@ def truncated(run: Run) -> Finding | None:
         "truncated",
         f"rollout/finished is {mean(end):.0%} in {span(end)} ({mean(begin):.0%} in {span(begin)}){length}",
         (
-            "algorithm.missing_eos=replace, so that endless answers do not pay"
-            if fell and run.get("algorithm.missing_eos") != "replace"
+            "algorithm.missing_eos=at_most, so that endless answers do not pay"
+            if fell and run.get("algorithm.missing_eos") not in ("at_most", "replace")
             else f"rollout.max_new_tokens={2 * slots}, or rollout.stop_token_ids=[…] if answers end with a token "
             "that neither tokenizer, template nor generation_config.json names as an end"
         ),

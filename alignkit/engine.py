@@ -247,8 +247,12 @@ class Engine:
             self.engine.optimizer.micro_step_id = -1
 
     def next_update(self) -> None:
-        """Move the learning-rate schedule by one rollout round (not by one optimizer step)."""
-        self.update += 1
+        """Move the learning-rate schedule by one rollout round in which this engine learned (not by one optimizer step)."""
+        self.at_update(self.update + 1)
+
+    def at_update(self, update: int) -> None:
+        """Set the schedule to the rate after so many rounds."""
+        self.update = update
         self._set_learning_rate()
 
     def save(self, folder: Path) -> None:
@@ -284,8 +288,7 @@ class Engine:
         for field in FIELDS[:3]:
             for i, value in saved[field].items():
                 self._set(int(i), field, value.to(self.world.device))
-        self.update = update
-        self._set_learning_rate()
+        self.at_update(update)
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         """torch's own optimizer inside DeepSpeed's."""

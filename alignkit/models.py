@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import architectures, loaded, quantised, score_heads
+from alignkit import architectures, loaded, quantised, saving, score_heads
 from alignkit.loaded import copy_adapter as copy_adapter
 from alignkit.ranges import check_date
 from alignkit.score_heads import load_head as load_head
@@ -89,6 +89,7 @@ def load_base(
     if vocab > hf.trained_rows:
         hf.resize_token_embeddings(vocab, mean_resizing=False)
     hf.config.use_cache = False
+    saving.unset_unwritable(hf)
     disable_dropout(hf)
     return hf
 

@@ -132,7 +132,10 @@ class TorchEngine:
         return self.optimizer.param_groups[0]["lr"]
 
     def next_update(self) -> None:
-        self.update += 1
+        self.at_update(self.update + 1)
+
+    def at_update(self, update: int) -> None:
+        self.update = update
         self.optimizer.param_groups[0]["lr"] = self.rate * max(1, self.updates - self.update) / self.updates
 
 

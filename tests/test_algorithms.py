@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from alignkit.algorithms import base
 from alignkit.algorithms.base import KL_IN_LOSS, State, Surrogate
 from alignkit.algorithms.grpo import GRPO
 from alignkit.algorithms.ppo import PPO
@@ -104,7 +106,8 @@ def backwards(rewards: list[float], values: list[float], gamma: float, lam: floa
 
 
 @pytest.mark.parametrize(
-    "mode, penalised", [("replace", lambda s: -3.0), ("subtract", lambda s: s - 3), ("none", None)]
+    "mode, penalised",
+    [("replace", lambda s: -3.0), ("at_most", lambda s: min(s, -3.0)), ("subtract", lambda s: s - 3), ("none", None)],
 )
 def test_scores_are_normalised_then_clipped_then_penalised(mode, penalised):
     """Normalised by all scores up to and with their own batch; the penalty is neither normalised nor clipped."""
@@ -120,6 +123,46 @@ def test_scores_are_normalised_then_clipped_then_penalised(mode, penalised):
             expected = [s if done else penalised(s) for s, done in zip(expected, FINISHED, strict=True)]
         close(algorithm.shape_scores(x.scored, state), expected)
     assert state.scores.count == 12
+
+
+LOW = torch.tensor([-6.0, -9.0, -7.5])
+CUT = torch.tensor([True, False, True])
+
+
+def worth(algorithm: PPO, scores=LOW, finished=CUT) -> list[float]:
+    scored = SimpleNamespace(scores=scores, rollouts=SimpleNamespace(finished=finished))
+    return algorithm.shape_scores(scored, algorithm.start()).tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"score_clip": 8.0}, {"normalize_scores": True}, {"missing_eos_value": 4.0}])
+def test_by_default_a_cut_answer_is_never_worth_more_than_it_scored(options):
+    """Whatever lies below missing_eos_value: a penalty, a log-prob, a reward model's raw scores; or that is above 0."""
+    own = worth(PPO(missing_eos="none", **options))
+    assert worth(PPO(**options))[1] <= own[1]
+    assert [worth(PPO(**options))[i] for i in (0, 2)] == [own[0], own[2]]
+    assert worth(PPO(missing_eos="replace", **options))[1] == PPO(**options).missing_eos_value  # as peers have it
+
+
+@pytest.mark.parametrize(
+    "scores, finished, shaped, words",
+    [
+        (LOW, CUT, [-6.0, -9.0, -7.5], None),
+        (
+            LOW,
+            CUT,
+            [-6.0, -1.0, -7.5],
+            "1 answers cut by their length are worth -1 on average, the 2 finished ones -6.75; 1 are",
+        ),
+        (torch.tensor([-6.0, -3.0, -7.5]), CUT, [-6.0, -3.0, -7.5], "worth -3 on average, the 2 finished ones -6.75: "),
+        (torch.tensor([0.5, 0.9, -0.2]), CUT, [0.5, -1.0, -0.2], None),
+        (LOW, ~CUT & False, [-1.0, -1.0, -1.0], "3 answers cut by their length are worth -1 on average; 3 are"),
+        (LOW, ~CUT & False, [-6.0, -9.0, -7.5], None),  # cut by design, and nothing to compare with
+        (LOW, CUT | True, [-6.0, -9.0, -7.5], None),
+    ],
+)
+def test_where_it_pays_to_be_cut_the_run_says_so(scores, finished, shaped, words):
+    said = base.cut_pays(base.cut_metrics(scores, torch.tensor(shaped), finished))
+    assert said is None if words is None else words in said and "missing_eos" in said
 
 
 def test_scores_are_left_alone_by_default_but_for_the_missing_end():

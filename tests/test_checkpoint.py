@@ -109,7 +109,9 @@ def test_an_unfinished_write_is_no_checkpoint(tmp_path):
 
 def test_a_full_disk_stops_the_run_and_leaves_the_one_before_intact(tmp_path):
     write(tmp_path, 2)
-    with pytest.raises(RunError, match=r"step_000004 cannot be written: .*No space left on device"):
+    with pytest.raises(
+        RunError, match=r"step_000004 cannot be written: .*No space left on device.*; [\d,]+ MiB are free"
+    ):
         write(tmp_path, 4, full=True)
     found = checkpoint.newest(tmp_path, lambda text: pytest.fail(text))
     assert found is not None and found.name == "step_000002" and checkpoint.damage(found) is None

@@ -587,6 +587,8 @@ def test_25_an_eos_in_the_last_slot_or_another_stop_is_not_penalised():
     for value in (1.0, -1.0):
         assert F.missing_eos(scores, finished, "subtract", value).tolist() == [0.5, 0.25, 2.0]
     assert F.missing_eos(scores, finished, "none").tolist() == scores.tolist()
+    for value, worth in ((-1.0, -1.0), (2.5, 2.5), (9.0, 3.0)):  # at most: never above what it scored
+        assert F.missing_eos(scores, finished, "at_most", value).tolist() == [0.5, 0.25, worth]
     with pytest.raises(ValueError, match="replace, subtract, none"):
         F.missing_eos(scores, finished, "maybe")
     with pytest.raises(ValueError, match=r"\(3,\).*\(3, 1\)"):

@@ -130,7 +130,7 @@ def test_a_classifier_of_code_that_came_with_the_model_is_asked_for_by_name():
     class Own(PretrainedConfig):
         model_type = "made_up"
 
-    with pytest.raises(InputError, match="made_up.*AutoModelForSequenceClassification.*auto_map"):
+    with pytest.raises(InputError, match=r"made_up.*AutoModelForSequenceClassification.*auto_map"):
         architectures.auto_class(CLASSIFIER, Own())
 
 

@@ -233,7 +233,7 @@ def test_an_adapter_on_a_run_of_ours_is_one_on_its_model(bases, tmp_path):
         scores(models.load_reward(source, models.Model(), VOCAB), ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0
     )
     artifacts.write_manifest(run, adapter=True, base_model={"path": str(bases["llama"])})
-    with pytest.raises(InputError, match="stands on another adapter.*merge"):
+    with pytest.raises(InputError, match=r"stands on another adapter.*merge"):
         artifacts.resolve_model(str(tmp_path / "reward"))
 
 

@@ -14,6 +14,7 @@ from alignkit import artifacts, models, tokens
 from alignkit.algorithms import functional as F
 from alignkit.rollout.base import Context
 from alignkit.rollout.hf import HF
+from alignkit.stages import sft
 
 CASE = json.loads((Path(__file__).parent / "data" / "sft_masked_ce.json").read_text())
 
@@ -53,22 +54,23 @@ def test_38_trl_trains_on_the_completion_and_its_eos_only(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [5.0, 15.0])
-def test_39_neftune_noise_is_bounded_and_gone_in_evaluation(alpha):
-    """transformers' hook, which `neftune_noise_alpha` turns on: uniform within alpha / sqrt(L d), in training only."""
-    from transformers.integrations.neftune import neftune_post_forward_hook
-
-    length, width = 37, 64
-    embedding = torch.nn.Embedding(50, width)
-    embedding.neftune_noise_alpha = alpha
+def test_39_neftune_noise_is_bounded_by_each_rows_length_and_gone_in_evaluation(tiny, alpha):
+    """Uniform within alpha / sqrt(l d), l the row's own tokens however far it is padded; in training only."""
+    hf = models.load_base(str(tiny), models.Model(path=str(tiny)), 0)
+    embedding, seen = hf.get_input_embeddings(), []
     before = embedding.weight.detach().clone()
-    handle = embedding.register_forward_hook(neftune_post_forward_hook)
-    ids = torch.randint(0, 50, (8, length))
-    noise = (embedding.train()(ids) - embedding.weight[ids]).abs()
-    bound = alpha / math.sqrt(length * width)
-    assert 0.99 * bound < float(noise.detach().max()) <= bound * (1 + 1e-6)
-    assert torch.equal(embedding.eval()(ids), embedding.weight[ids])
-    handle.remove()
-    assert torch.equal(embedding.train()(ids), embedding.weight[ids]) and torch.equal(embedding.weight, before)
+    sft.add_noise(hf, alpha)
+    embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    torch.manual_seed(0)
+    ids, lengths = torch.randint(0, 50, (4, 60)), [60, 37, 12, 3]
+    mask = (torch.arange(60) < torch.tensor(lengths)[:, None]).long()
+    hf.train()(input_ids=ids, attention_mask=mask)
+    hf.eval()(input_ids=ids, attention_mask=mask)
+    noise = (seen[0] - before[ids]).abs()
+    for row, length in enumerate(lengths):
+        bound = alpha / math.sqrt(length * embedding.weight.shape[1])
+        assert 0.95 * bound < float(noise[row, :length].max()) <= bound * (1 + 1e-5)
+    assert torch.equal(seen[1], before[ids]) and torch.equal(embedding.weight, before)
 
 
 def test_26_the_end_is_learned(tiny, tmp_path):

@@ -40,8 +40,8 @@ class Surrogate:
     adaptive_kl_horizon: float = num(10000.0, gt=0)  # sequences over which kl_coef adapts
     normalize_scores: bool = False  # (score - mean) / std of all scores seen so far
     score_clip: float | None = num(None, gt=0)  # scores kept within +- this, after normalising; None: not clipped
-    missing_eos: str = "replace"  # replace | subtract | none: what happens to the score of a response cut by its length
-    missing_eos_value: float = -1.0  # the score it gets (replace), or what is taken off it (subtract)
+    missing_eos: str = "at_most"  # at_most | replace | subtract | none: the score of a response cut by its length
+    missing_eos_value: float = -1.0  # the most it is worth (at_most), its worth (replace), what it loses (subtract)
     importance: str = "token"  # token | sequence | icepop | none: correct for a sampler that is not quite the trainer
     importance_cap: float | None = num(2.0, gt=0)  # weights above it are held there (icepop: dropped); None: no bound
     importance_floor: float | None = num(None, ge=0)  # the same from below
@@ -53,7 +53,7 @@ class Surrogate:
     def check(self, group_size: int, updates_per_round: int) -> None:
         """Raise InputError for unknown choices and for combinations without a meaning."""
         one_of("aggregation", self.aggregation, AGGREGATIONS)
-        one_of("missing_eos", self.missing_eos, ("replace", "subtract", "none"))
+        one_of("missing_eos", self.missing_eos, ("at_most", "replace", "subtract", "none"))
         one_of("kl_in", self.kl_in, ("reward", "loss"))
         one_of("importance", self.importance, IMPORTANCE)
         self._check_combinations(group_size, updates_per_round)
@@ -127,16 +127,24 @@ class Surrogate:
         kl = F.FixedKL(self.kl_coef) if target is None else F.AdaptiveKL(self.kl_coef, target, horizon)
         return State(kl, F.RunningMoments())
 
-    def shape_scores(self, scored: ScoredRollouts, state: State) -> Tensor:
-        """Scores [B] as they enter the reward: normalised, clipped, then the missing-EOS penalty, which keeps its size."""
+    def own_scores(self, scored: ScoredRollouts, state: State) -> Tensor:
+        """Scores [B] normalised, then clipped, whether the response ended or not."""
         from alignkit.algorithms import functional as F
 
         scores = scored.scores
         if self.normalize_scores:
             state.scores.update(F.masked_moments(scores))
             scores = state.scores.normalise(scores)
-        scores = F.clip_scores(scores, self.score_clip)
-        return F.missing_eos(scores, scored.rollouts.finished, self.missing_eos, self.missing_eos_value)
+        return F.clip_scores(scores, self.score_clip)
+
+    def shape_scores(self, scored: ScoredRollouts, state: State) -> Tensor:
+        """Scores [B] as they enter the reward: normalised, clipped, then the missing-EOS penalty, which keeps its size."""
+        return self._penalised(self.own_scores(scored, state), scored.rollouts.finished)
+
+    def _penalised(self, scores: Tensor, finished: Tensor) -> Tensor:
+        from alignkit.algorithms import functional as F
+
+        return F.missing_eos(scores, finished, self.missing_eos, self.missing_eos_value)
 
     def value_mask(self, response_mask: Tensor) -> Tensor:
         """[B, Lr] bool: the slots that have a reward and a value. Those of the response, unless a subclass says else."""
@@ -175,7 +183,8 @@ class Surrogate:
 
         rollouts = scored.rollouts
         mask = rollouts.response_mask
-        scores = self.shape_scores(scored, state)
+        own = self.own_scores(scored, state)
+        scores = self._penalised(own, rollouts.finished)
         in_reward = state.kl.value if self.kl_in == "reward" else 0.0
         rewards = self.token_rewards(scores, old_logprobs, ref_logprobs, mask, in_reward)
         value_mask = self.value_mask(mask)
@@ -213,7 +222,7 @@ class Surrogate:
             kl_coef=kl_coef,
         )
         penalty = in_reward * F.kl_estimate(old_logprobs, ref_logprobs, self.reward_estimator).masked_fill(~mask, 0)
-        metrics = experience_metrics(scored, scores, experience)
+        metrics = experience_metrics(scored, scores, experience) | cut_metrics(own, scores, rollouts.finished)
         return experience, metrics | {"objective/non_score_reward": (-float(penalty.sum()), len(mask))}
 
     def policy_loss(self, batch: Experience, logprobs: Tensor, entropy: Tensor | None) -> Loss:
@@ -283,6 +292,36 @@ def experience_metrics(scored: ScoredRollouts, scores: Tensor, experience: Exper
     for name, part in scored.score_parts.items():
         metrics[f"objective/score/{name}"] = (float(part.sum()), rows)
     return metrics
+
+
+def cut_metrics(own: Tensor, scores: Tensor, finished: Tensor) -> Metrics:
+    """Where some responses [B] were cut by their length: how many of them are worth more than they scored (`own`), and what
+    they and the finished ones are worth on average."""
+    cut = ~finished.bool()
+    if not cut.any():
+        return {}
+    found: Metrics = {
+        "objective/cut_raised": (float((scores[cut] > own[cut]).sum()), len(scores)),
+        "objective/score_cut": (float(scores[cut].sum()), int(cut.sum())),
+    }
+    if not cut.all():
+        found["objective/score_finished"] = (float(scores[~cut].sum()), int((~cut).sum()))
+    return found
+
+
+def cut_pays(metrics: Metrics) -> str | None:
+    """What is to be said of a round in which it pays to be cut, by its `cut_metrics`; None where it does not."""
+    if "objective/score_cut" not in metrics:
+        return None
+    (total, cut), raised = metrics["objective/score_cut"], metrics["objective/cut_raised"][0]
+    finished = metrics.get("objective/score_finished")
+    better = finished is not None and total / cut > finished[0] / finished[1]
+    if not raised and not better:
+        return None
+    worth = f"the {cut} answers cut by their length are worth {total / cut:.3g} on average"
+    worth += f", the {finished[1]} finished ones {finished[0] / finished[1]:.3g}" if finished is not None else ""
+    worth += f"; {raised:.0f} are worth more than they scored" if raised else ""
+    return f"{worth}: the policy may learn not to end; lower algorithm.missing_eos_value, or use missing_eos=at_most or subtract"
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

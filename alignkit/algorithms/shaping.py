@@ -44,12 +44,18 @@ def with_one_end(ids: Tensor, mask: Tensor, ends: Sequence[int]) -> Tensor:
 def missing_eos(scores: Tensor, finished: Tensor, mode: str = "replace", value: float = -1.0) -> Tensor:
     """`scores` [B] with a penalty where not `finished` [B]; after normalising and clipping, so it keeps its meaning.
 
+    `at_most`: the score becomes `value` where it was above it, so a cut answer is never worth more than it scored;
     `replace`: the score becomes `value` (lm-human-preferences, summarize_from_feedback_details);
     `subtract`: it loses |`value`| (trl's `missing_eos_penalty`); `none`: nothing.
     """
     if scores.shape != finished.shape:
         raise ValueError(f"scores have shape {tuple(scores.shape)} and finished {tuple(finished.shape)}: must be equal")
-    penalised = {"replace": torch.full_like(scores, value), "subtract": scores - abs(value), "none": scores}
+    penalised = {
+        "at_most": scores.clamp(max=value),
+        "replace": torch.full_like(scores, value),
+        "subtract": scores - abs(value),
+        "none": scores,
+    }
     if mode not in penalised:
         raise ValueError(f"missing_eos mode={mode!r}, expected one of {', '.join(penalised)}")
     return torch.where(finished.bool(), scores, penalised[mode])

@@ -100,6 +100,10 @@ class Full:
         """(name, tensor) of every weight of the policy."""
         return models.named_weights(roles.model("policy"))
 
+    def saved(self, roles: nn.Module) -> Any:
+        """The model that `save` writes."""
+        return roles.model("policy")
+
     def save(self, roles: nn.Module, folder: Path) -> None:
         """The policy as a whole model."""
         roles.model("policy").save_pretrained(folder)

@@ -219,6 +219,10 @@ class LoRA:
                     tensor = tensor + adapted[name].get_delta_weight("policy")
             yield name, tensor
 
+    def saved(self, roles: nn.Module) -> Any:
+        """The model that `save` writes the policy's adapter of."""
+        return roles.peft[0]
+
     def save(self, roles: nn.Module, folder: Path) -> None:
         """The policy adapter, in PEFT's layout, as `<folder>/adapter_model.safetensors`."""
         peft = roles.peft[0]

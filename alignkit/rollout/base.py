@@ -45,17 +45,32 @@ class Sampling:
                 "expected min_tokens <= max_new_tokens"
             )
 
-    def check_unbiased(self) -> None:
-        """Raise InputError where the sampler's law is not the policy's: the KL to the reference would be wrong."""
-        odd = [
+    @property
+    def biased(self) -> str:
+        """The settings by which the sampler's law is not the policy's, as rollout.top_p=0.9; "" where it is.
+
+        Log-ratios of what such a sampler says estimate no KL: they may well be negative on average.
+        """
+        return " and ".join(
             f"rollout.{name}={getattr(self, name)}"
             for name, plain in (("top_p", 1.0), ("top_k", 0), ("min_tokens", 0))
             if getattr(self, name) != plain
-        ]
-        if odd and not self.allow_biased_sampling:
+        )
+
+    def check_unbiased(self, kl_target: float | None = None) -> None:
+        """Raise InputError where the sampler's law is not the policy's: the KL to the reference would be wrong.
+
+        `kl_target`: the KL that the coefficient adapts to, if it does.
+        """
+        if self.biased and not self.allow_biased_sampling:
             raise InputError(
-                f"{' and '.join(odd)}: PPO would learn from another law than the policy's, and its KL could come out "
+                f"{self.biased}: PPO would learn from another law than the policy's, and its KL could come out "
                 "negative; leave it out, or set rollout.allow_biased_sampling=true"
+            )
+        if self.biased and kl_target is not None:
+            raise InputError(
+                f"algorithm.adaptive_kl_target={kl_target} with {self.biased}: answers of another law than the policy's tell no "
+                "KL to adapt to; use a fixed algorithm.kl_coef, or sample from the policy's law"
             )
 
     def adjust(self, logits: Tensor, generated: int, stop_ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from alignkit import report_card, report_card_html, tokens
 from alignkit.config import Reward
 from alignkit.engine import World
 from alignkit.log import RunLog
-from alignkit.types import Rows, RunError
+from alignkit.types import Rows
 
 PAIRS = 128  # that are scored again with changed texts: agreement to within some 5 %, for a few seconds
 
@@ -33,15 +33,7 @@ def write(
         scored: raw scores of the chosen and the rejected responses, ([N], [N]).
         rows: the held-out rows, of which N are no longer than `max_length`.
         score: pairs {"chosen_ids", "rejected_ids"} -> their raw scores; every rank calls it alike.
-
-    Raises:
-        RunError: a score is not finite.
     """
-    if not all(bool(torch.isfinite(side).all()) for side in scored):
-        raise RunError(
-            f"the scores of the held-out pairs are not finite after training with optimizer.learning_rate="
-            f"{cfg.optimizer.learning_rate:g}: lower it, or raise optimizer.warmup_steps"
-        )
     kept = [row for row in rows if max(len(ids) for ids in encode(tokenizer, row).values()) <= cfg.max_length]
     long, other = (
         [len(tokens.encode_response(tokenizer, row[side])) for row in kept] for side in ("chosen", "rejected")

@@ -7,14 +7,17 @@ a finished one is moved out of there with its digests, so a kill in mid-save lea
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from alignkit import checkpoint, finite, interrupt, tokens
+from alignkit import checkpoint, finite, interrupt, saving, tokens
 from alignkit.config import TrainStage
 from alignkit.engine import World
 from alignkit.log import RunLog
@@ -93,6 +96,11 @@ def train(trainer: Any, cfg: TrainStage, world: World, log: RunLog) -> dict[str,
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)  # what a killed attempt had begun to write
         partial.mkdir(parents=True)
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        model = saving.model_bytes(trainer.model, trained)
+        checkpoint_bytes = model + saving.adam_bytes(trained)
+        steps = math.ceil(epoch_steps(cfg, trainer) * cfg.epochs) if cfg.max_steps < 0 else cfg.max_steps
+        saving.before(cfg, log, trainer.processing_class, trainer.model, model, checkpoint_bytes, steps)
     world.barrier()
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     world.barrier()  # the Trainer ends with a look into its folder, on every rank
@@ -103,6 +111,11 @@ def train(trainer: Any, cfg: TrainStage, world: World, log: RunLog) -> dict[str,
         raise Saved(state.global_step, state.max_steps, str(stop.reason))
     losses = [row["loss"] for row in state.log_history if "loss" in row]  # the Trainer's mean forgets earlier attempts
     return {"train_loss": sum(losses) / len(losses), "steps": state.global_step}
+
+
+def epoch_steps(cfg: TrainStage, trainer: Any) -> int:
+    """How many optimizer steps a pass over the rows takes."""
+    return math.ceil(len(trainer.train_dataset) / cfg.mini_batch_size)
 
 
 class StopEarly(TrainerCallback):
@@ -119,8 +132,10 @@ class StopEarly(TrainerCallback):
 
 
 def careful(cls: type, cfg: TrainStage, world: World, reporter: Reporter) -> type:
-    """TRL's trainer `cls` with two things more, for which it has no callback.
+    """TRL's trainer `cls` with three things more, for which it has no callback.
 
+    A step counts every row once: the rows that fill up the last batch of an epoch for the other ranks are taken out, the
+    loss is divided by what the whole step counts (tokens, or pairs) over all ranks, and so are the metrics beside it.
     A loss or gradient that is not finite ends the run before its optimizer step: DeepSpeed steps inside the backward pass
     of a step's last micro-batch, so the losses of all its micro-batches are read just before that.
     A checkpoint that is written gets its digests and its name.
@@ -130,6 +145,28 @@ def careful(cls: type, cfg: TrainStage, world: World, reporter: Reporter) -> typ
         begun = -1  # the step that these belong to
         losses: list[torch.Tensor]
         micro_batches: list[dict[str, Any]]
+        own_counts: list[int]  # what each micro-batch of the step counts on this rank,
+        counts: list[int]  # on all ranks,
+        read: list[int]  # and how many tokens it reads
+        _total_train_tokens: int  # TRL's count
+        loss_is_scaled_for_ga = True  # by `num_items_in_batch`, whatever the model's forward takes
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.accelerator.gather_for_metrics = self.accelerator.gather  # what it would leave out is out already
+
+        def get_batch_samples(self, epoch_iterator: Iterator[dict], num_batches: int, device: Any) -> tuple[list, Any]:
+            samples = list(islice(epoch_iterator, num_batches))
+            at = self.accelerator.gradient_state
+            left = at.remainder if samples and at.end_of_dataloader else 0  # rows of the epoch's last batch, 0: full
+            found = [counted(batch) for batch in samples]
+            if left > 0:
+                rows = min(max(left - world.rank * cfg.micro_batch_size, 0), cfg.micro_batch_size)
+                samples[-1], *found[-1:] = of_its_own(samples[-1], rows)
+            self.own_counts = [count for count, _ in found]
+            sums = world.sum(torch.tensor(found, device=device).reshape(-1, 2)).T.tolist()
+            self.counts, self.read = sums
+            return samples, torch.tensor(max(sum(self.counts), 1), device=device)
 
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
             if self.begun != self.state.global_step:
@@ -139,12 +176,22 @@ def careful(cls: type, cfg: TrainStage, world: World, reporter: Reporter) -> typ
                 return super().training_step(model, inputs, *args, **kwargs)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            before = self._total_train_tokens
             found = super().compute_loss(model, inputs, *args, **kwargs)
             if model.training:
+                self._total_train_tokens = before + self.read[len(self.losses)]
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
                 self.losses.append((found[0] if isinstance(found, tuple) else found).detach())
                 if self.accelerator.sync_gradients:
                     finite.check({"the loss": float(torch.stack(self.losses).sum())})
             return found
+
+        def log(self, logs: dict[str, float], *args: Any) -> None:
+            metrics = self._metrics["train"]
+            self.state.epoch = self.state.global_step / epoch_steps(cfg, self)  # the Trainer's counts micro-batches
+            for name, values in metrics.items():
+                metrics[name] = [over_step(name, values, self.counts)] if name != "num_tokens" else values
+            super().log(logs, *args)
 
         def _save_checkpoint(self, *args: Any) -> None:
             step = self.state.global_step
@@ -159,6 +206,32 @@ def careful(cls: type, cfg: TrainStage, world: World, reporter: Reporter) -> typ
             world.barrier()
 
     return Careful
+
+
+def counted(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """(what a micro-batch counts in the loss: the tokens with a label, or the pairs; the tokens it reads)."""
+    labels = batch.get("labels")
+    count = len(batch["input_ids"]) // 2 if labels is None else int((labels[:, 1:] != -100).sum())
+    return count, int(batch["attention_mask"].sum())
+
+
+def of_its_own(batch: dict[str, torch.Tensor], rows: int) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+    """The first `rows` rows (of pairs: of either side) of a micro-batch, and what they count.
+
+    Where there are none, one is kept, as every rank must run as many forwards as the others, and nothing of it counts.
+    """
+    sides = 1 if "labels" in batch else 2
+    kept = {name: torch.cat([side[: max(rows, 1)] for side in x.chunk(sides)]) for name, x in batch.items()}
+    if rows == 0:
+        return kept | ({"labels": torch.full_like(kept["labels"], -100)} if sides == 1 else {}), (0, 0)
+    return kept, counted(kept)
+
+
+def over_step(name: str, values: list[float], counts: list[int]) -> float:
+    """A metric of an optimizer step from those of its micro-batches, each a mean over `counts` tokens or pairs."""
+    if name.startswith(("min_", "max_")):
+        return (min if name.startswith("min_") else max)(values)
+    return sum(value * count for value, count in zip(values, counts, strict=True)) / max(sum(counts), 1)
 
 
 class Reporter(TrainerCallback):

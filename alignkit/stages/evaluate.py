@@ -37,6 +37,8 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     ref = models.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)
     ref_roles = models.single_role(ref)
     canary = attest.Canary.of(cfg, prompts, tokenizer)
+    if cfg.rollout.biased and len(sources) > 1:
+        log.note(f"{cfg.rollout.biased}: the policies' KL is not given, what they say is not of their own law")
 
     # 2. Sample with each policy, on the same random streams, and take the KL to the reference on what it said.
     sampler, samples = None, []
@@ -55,11 +57,10 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
             sampler.sync_weights(rollout.stored_policy(source, partial(models.named_weights, hf)), version=version)
             canary.check(sampler, roles, version)
             scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
-            kl = (
-                torch.zeros(len(scored.scores))
-                if name == reference
-                else kl_to(ref_roles, roles, scored.rollouts, cfg.rollout.temperature)
-            )
+            kl: list[float | None] = [0.0] * len(scored.scores)
+            if name != reference:
+                biased, temperature = cfg.rollout.biased, cfg.rollout.temperature
+                kl = [None] * len(kl) if biased else kl_to(ref_roles, roles, scored.rollouts, temperature).tolist()
             texts = rewards.response_texts(tokenizer, scored.rollouts)
             for i, text in enumerate(texts):
                 meta = scored.rollouts.meta[i]
@@ -67,7 +68,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
                     {
                         "prompt_index": meta["prompt_index"], "prompt": meta["prompt"], "policy": name, "response": text,
                         "score": float(scored.scores[i]), "finished": bool(scored.rollouts.finished[i]),
-                        "length": int(scored.rollouts.response_mask[i].sum()), "kl": float(kl[i]),
+                        "length": int(scored.rollouts.response_mask[i].sum()), "kl": kl[i],
                     }
                 )  # fmt: skip
             bar.update(version, **{name: float(scored.scores.mean())})
@@ -84,7 +85,12 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     if world.rank == 0:
         write_atomic(cfg.run_dir / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         write_atomic(cfg.run_dir / "results.json", json.dumps(results, indent=2) + "\n")
-    metrics = {f"{name}/{key}": value for name, entry in results["policies"].items() for key, value in entry.items()}
+    metrics = {
+        f"{name}/{key}": value
+        for name, entry in results["policies"].items()
+        for key, value in entry.items()
+        if value is not None
+    }
     log.log(0, metrics)
     facts = artifacts.describe(
         main_source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None
@@ -114,9 +120,9 @@ def summarize(samples: list[dict], names: list[str], reference: str, resamples: 
         totals[s["policy"]][place[s["prompt_index"]]] += (s["score"], 1)
     means = {name: t[:, 0] / t[:, 1] for name, t in totals.items()}  # [prompts] of each policy
     of = {name: [s for s in samples if s["policy"] == name] for name in names}
-    policies = {
+    policies: dict[str, dict[str, float | None]] = {
         name: bootstrap(means[name], resamples, seed)
-        | {key: float(np.mean([s[key] for s in of[name]])) for key in ("kl", "length", "finished")}
+        | {key: mean([s[key] for s in of[name]]) for key in ("kl", "length", "finished")}
         for name in names
     }
     differences = {
@@ -127,7 +133,13 @@ def summarize(samples: list[dict], names: list[str], reference: str, resamples: 
     return {"prompts": len(prompts), "reference": reference, "policies": policies, "differences": differences}
 
 
-def bootstrap(values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+def mean(values: list[float | None]) -> float | None:
+    """The mean, or None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def bootstrap(values: np.ndarray, resamples: int, seed: int) -> dict[str, float | None]:
     """Mean of one value a prompt, with the 2.5 % and 97.5 % quantiles of the means of resampled prompts (Efron 1979)."""
     picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from alignkit import artifacts, batches, checkpoint, data, finite, interrupt, models, tokens
+from alignkit import artifacts, batches, checkpoint, data, finite, interrupt, models, saving, tokens
+from alignkit.algorithms.base import cut_pays
 from alignkit.config import PPO
 from alignkit.engine import Engine, World, gathered, recomputed
 from alignkit.log import Clock, RunLog
@@ -24,6 +25,8 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     algorithm = cfg.algorithm
     for line in algorithm.warnings():
         log.note(line)
+    if cfg.rollout.biased:
+        log.note(f"{cfg.rollout.biased}: no KL is given, objective/log_ratio is the mean log-ratio of what was sampled")
     if not algorithm.needs_critic:
         log.note(f"algorithm={algorithm.name} has no critic: critic.* and critic_optimizer.* are not used")
 
@@ -51,23 +54,32 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         engines = {
             role: Engine(
                 roles, parameters, optimizer, cfg.deepspeed, world,
-                dtype=cfg.model.dtype, micro_batch_size=cfg.micro_batch_size, updates=cfg.steps,
+                dtype=cfg.model.dtype, micro_batch_size=cfg.micro_batch_size,
+                updates=rounds_learned(algorithm, role, cfg.steps),
             )
             for role, optimizer in (("policy", cfg.optimizer), ("critic", cfg.critic_optimizer))
             if (parameters := cfg.finetune.parameters(roles, role))
         }  # fmt: skip
 
     state, shuffle = algorithm.start(), torch.Generator().manual_seed(cfg.seed)
-    first, version, merit = 0, 1, None
+    first, version, merit, told = 0, 1, None, None
     if (found := checkpoint.newest(cfg.run_dir, log.note)) is not None:
         saved = checkpoint.load(found, {"shuffle": shuffle}, engines, world)
         first, version, merit = saved["step"], saved["version"], saved["merit"]
         order.load_state_dict(saved["order"])
         state.load_state_dict(saved["algorithm"])
+        for role, engine in engines.items():
+            engine.at_update(rounds_learned(algorithm, role, first))
         if ptx is not None:
             ptx.order.load_state_dict(saved["ptx"])
         log.note(f"goes on from {found.name}: step {first} of {cfg.steps}")
     log.rewind(first - 1)  # what an interrupted attempt logged beyond it
+
+    if world.rank == 0:
+        kept = cfg.finetune.saved(roles)
+        trained = {role: cfg.finetune.parameters(roles, role) for role in engines}
+        moments = sum(map(saving.adam_bytes, trained.values()))
+        saving.before(cfg, log, tokenizer, kept, saving.model_bytes(kept, trained["policy"]), moments, cfg.steps)
 
     # 3. The engine that samples, holding the policy's weights.
     with log.progress("starting the engine", 0):
@@ -146,7 +158,11 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                 scored, old_logprobs, ref_logprobs, seen.get("critic"), state, cfg.group_size
             )
             experience.shared_states = seen.get("shared_states")
+            if not told and (told := cut_pays(metrics)) is not None:
+                log.note(f"step {step}: {told}")
             mask = experience.response_mask
+            if cfg.rollout.biased:
+                metrics = without_kl(metrics)
             metrics |= {
                 "objective/entropy": (float((entropy * mask).sum()), int(mask.sum())),
                 "objective/kl_coef": (state.kl.value, 1),
@@ -156,10 +172,11 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             with clock("update"), recomputed(roles, cfg.gradient_checkpointing):
                 learning = [role for role in engines if role == "critic" or step >= algorithm.policy_starts_at]
                 numbers = update(cfg, roles, engines, experience, world, shuffle, learning, ptx)
-                numbers |= {f"{role}/learning_rate": engine.learning_rate for role, engine in engines.items()}
-                for engine in engines.values():
-                    engine.next_update()
-            state.kl.update(metrics["objective/kl"][0] / metrics["objective/kl"][1], len(mask))
+                for role in learning:
+                    numbers[f"{role}/learning_rate"] = engines[role].learning_rate
+                    engines[role].next_update()
+            if "policy" in learning and not cfg.rollout.biased:  # or the KL is 0 whatever the coefficient
+                state.kl.update(metrics["objective/kl"][0] / metrics["objective/kl"][1], len(mask))
 
             # 9. Sync: the sampler gets the new weights under a new version, and proves that it answers with them.
             with clock("sync"):
@@ -176,26 +193,26 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             numbers |= {"rollout/sequences": len(mask), "rollout/tokens": int(experience.mask.sum())}
             log.log(step, numbers)
             if step % cfg.sample_every == 0:
-                log.samples(step, sample_rows(tokenizer, scored, old_logprobs - ref_logprobs))
+                log.samples(step, sample_rows(tokenizer, scored, old_logprobs - ref_logprobs, cfg.rollout.biased))
             merit = checkpoint.merit(numbers, cfg.keep_best)
             if cfg.save_steps and (step + 1) % cfg.save_steps == 0 and step + 1 < cfg.steps:
                 with clock("checkpoint"):
                     save(step + 1)
             bar.update(
                 step + 1,
-                score=numbers["objective/score"],
-                kl=numbers["objective/kl"],
-                entropy=numbers["objective/entropy"],
+                **{n: numbers[f"objective/{n}"] for n in ("score", "kl", "entropy") if f"objective/{n}" in numbers},
             )
-    sampler.close()
-    log.note(clock.describe())
 
     # 11. The model for the next stage.
-    with gathered(roles.model("policy")):
+    with saving.weights(cfg.run_dir / "model"), gathered(roles.model("policy")):
         if world.rank == 0:
             tokens.name_ends(roles.model("policy"), tokenizer)
             cfg.finetune.save(roles, cfg.run_dir / "model")
+    with saving.beside(cfg.run_dir / "model"):
+        if world.rank == 0:
             tokens.save_tokenizer(tokenizer, cfg.run_dir / "model")
+        sampler.close()
+    log.note(clock.describe())
     facts = artifacts.describe(
         source,
         tokenizer_hash=tokens.tokenizer_hash(tokenizer),
@@ -204,6 +221,11 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         nf4=cfg.finetune.nf4,
     )
     return numbers | {"steps": cfg.steps}, facts
+
+
+def rounds_learned(algorithm: Any, role: str, step: int) -> int:
+    """In how many of the first `step` rounds the role learned: its schedule counts no others."""
+    return max(0, step - algorithm.policy_starts_at) if role == "policy" else step
 
 
 def forward(cfg: PPO, roles: torch.nn.Module, rollouts: Rollouts) -> dict[str, torch.Tensor]:
@@ -319,7 +341,7 @@ def optimize(
         collect(sums, loss.metrics)
     collect(sums, {"update/padding_fraction": batches.padding(lengths, groups)})
     metrics = world.reduce_metrics(reduce_steps(sums))
-    with finite.guarded(cfg, world.rank, next(iter(engines.values())).update, batch):
+    with finite.guarded(cfg, world.rank, max(engine.update for engine in engines.values()), batch):
         finite.check({f"{role}/loss": metrics.get(f"{role}/loss", 0.0) for role, count in counts.items() if count})
         if algorithm.target_kl is not None and metrics.get("policy/approx_kl", 0.0) > algorithm.target_kl:
             for engine in engines.values():
@@ -352,16 +374,23 @@ def mean_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def sample_rows(tokenizer: Any, scored: ScoredRollouts, log_ratio: torch.Tensor, count: int = 4) -> list[dict]:
+def without_kl(metrics: Metrics) -> Metrics:
+    """What is a KL only of answers sampled from the policy's own law, under the name of what it is of any."""
+    return {name.replace("objective/kl", "objective/log_ratio"): pair for name, pair in metrics.items()}
+
+
+def sample_rows(
+    tokenizer: Any, scored: ScoredRollouts, log_ratio: torch.Tensor, biased: str, count: int = 4
+) -> list[dict]:
     """The first few rollouts of a step, to read."""
     texts = rewards.response_texts(tokenizer, scored.rollouts)
-    kl = (log_ratio * scored.rollouts.response_mask).sum(1)
+    ratios = (log_ratio * scored.rollouts.response_mask).sum(1)
     return [
         {
             "prompt": scored.rollouts.meta[i]["prompt"],
             "response": texts[i],
             "score": float(scored.scores[i]),
-            "kl": float(kl[i]),
+            "log_ratio" if biased else "kl": float(ratios[i]),
         }
         for i in range(min(count, len(texts)))
     ]

@@ -7,11 +7,13 @@ import math
 import torch
 from trl import RewardConfig, RewardTrainer
 
-from alignkit import artifacts, batches, data, models, tokens
+from alignkit import artifacts, batches, data, models, saving, tokens
+from alignkit.algorithms import functional as F
 from alignkit.config import Reward
 from alignkit.engine import World, gathered
 from alignkit.log import RunLog
 from alignkit.stages import _card, _identity, _trl
+from alignkit.types import RunError
 
 
 def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -40,7 +42,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         hf = models.adapt_for_scores(hf, peft_config, source.adapter)
     names = {name: f"reward_model/{name}" for name in ("loss", "accuracy", "learning_rate")}
     reporter = _trl.Reporter(log, names, ("reward_model/loss", "reward_model/accuracy"))
-    trainer = _trl.careful(RewardTrainer, cfg, world, reporter)(
+    trainer = _trl.careful(PairTrainer, cfg, world, reporter)(
         model=hf,
         args=_trl.arguments(
             RewardConfig, cfg, world, max_length=None, center_rewards_coefficient=cfg.center_coef, disable_dropout=True
@@ -50,34 +52,68 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         callbacks=[reporter],
     )
 
-    # 3. Train, then score the held-out pairs (without any: the training pairs) for accuracy and zero point.
+    # 3. Train, and write what was trained.
     metrics = _trl.train(trainer, cfg, world, log) | {"train_pairs": len(train)}
+    model_dir = cfg.run_dir / "model"
+    tokens.name_ends(hf, tokenizer)
+    with saving.weights(model_dir):
+        trainer.save_model(str(model_dir))
 
+    # 4. Score the held-out pairs (without any: the training pairs) for accuracy and zero point, and write the head; its
+    # bias moves the mean score to 0, and its weight the spread to 1.
     def score(pairs) -> tuple[torch.Tensor, torch.Tensor]:
         return score_pairs(trainer, pairs, tokenizer.pad_token_id, world, cfg.micro_batch_size)
 
-    chosen, rejected = score(evaluation if evaluation is not None else train)
-    mean, std = float(torch.cat([chosen, rejected]).mean()), float(torch.cat([chosen, rejected]).std(correction=0))
-    if evaluation is not None:
-        metrics |= accuracy_metrics(chosen, rejected)
-        _card.write(cfg, (chosen, rejected), held_out, tokenizer, score, world, log)
-    metrics |= {"score_mean": mean, "score_std": std}
-
-    # 4. Write the model and its head; the head's bias moves the mean score to 0, and its weight the spread to 1.
-    model_dir = cfg.run_dir / "model"
-    tokens.name_ends(hf, tokenizer)
-    trainer.save_model(str(model_dir))
-    with gathered(_head_of(trainer.model)):
-        if world.rank == 0:
-            tokens.save_tokenizer(tokenizer, model_dir)
-            models.save_head(normalised_head(trainer.model, mean, std, cfg.normalize), model_dir)
-            _identity.write(rows, tokenizer, model_dir)
+    with saving.beside(model_dir):
+        chosen, rejected = score(evaluation if evaluation is not None else train)
+        check_finite(chosen, rejected, cfg)
+        mean, std = float(torch.cat([chosen, rejected]).mean()), float(torch.cat([chosen, rejected]).std(correction=0))
+        metrics |= {"score_mean": mean, "score_std": std}
+        with gathered(_head_of(trainer.model)):
+            if world.rank == 0:
+                tokens.save_tokenizer(tokenizer, model_dir)
+                models.save_head(normalised_head(trainer.model, mean, std, cfg.normalize), model_dir)
+                _identity.write(rows, tokenizer, model_dir)
+        if evaluation is not None:
+            metrics |= accuracy_metrics(chosen, rejected)
+            _card.write(cfg, (chosen, rejected), held_out, tokenizer, score, world, log)
     adapter = (model_dir / "adapter_config.json").is_file()
     facts = artifacts.describe(
         source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=adapter,
         nf4=cfg.finetune.nf4,
     )  # fmt: skip
     return metrics, facts
+
+
+class PairTrainer(RewardTrainer):
+    """TRL's, with a loss that is a sum over pairs, divided by those of the whole optimizer step on all ranks; TRL's own is
+    a mean of the micro-batches' means, and so are its metrics."""
+
+    own_counts: list[int]  # of the step's micro-batches; `_trl.careful` keeps them
+    counts: list[int]
+    losses: list[torch.Tensor]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        number, ranks = len(self.losses), self.accelerator.num_processes
+        own = self.own_counts[number]  # 0: the pair fills up another rank's batch
+        outputs = model(**inputs, use_cache=False)
+        scores = outputs.logits.squeeze(-1).float()
+        chosen, rejected = scores.chunk(2)
+        mean = F.pairwise_loss(chosen, rejected, center_coef=self.args.center_rewards_coefficient or 0.0)
+        self.keep_metrics(chosen.detach()[:own], rejected.detach()[:own], self.counts[number])
+        loss = mean * own * ranks / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def keep_metrics(self, chosen: torch.Tensor, rejected: torch.Tensor, count: int) -> None:
+        """TRL's metrics of a micro-batch, over the `count` pairs that all ranks have of it."""
+        scores = torch.cat([chosen, rejected])
+        bounds = torch.stack([scores.amin(), -scores.amax()]) if len(scores) else scores.new_full((2,), math.inf)
+        low, high = self.accelerator.gather(bounds).reshape(-1, 2).amin(0).tolist()
+        sums = torch.stack([(chosen > rejected).sum(), (chosen - rejected).sum(), scores.sum() / 2])
+        accuracy, margin, mean = (self.accelerator.gather(sums).reshape(-1, 3).sum(0) / max(count, 1)).tolist()
+        found = {"accuracy": accuracy, "margin": margin, "min_reward": low, "mean_reward": mean, "max_reward": -high}
+        for name, value in found.items():
+            self._metrics["train"][name].append(value)
 
 
 def score_pairs(
@@ -104,6 +140,15 @@ def score_pairs(
         if index:
             table[index] = part
     return table[:, 0], table[:, 1]
+
+
+def check_finite(chosen: torch.Tensor, rejected: torch.Tensor, cfg: Reward) -> None:
+    """Raise RunError unless all scores are finite."""
+    if not all(bool(torch.isfinite(side).all()) for side in (chosen, rejected)):
+        raise RunError(
+            f"the scores are not finite after training with optimizer.learning_rate={cfg.optimizer.learning_rate:g}: "
+            "lower it, or raise optimizer.warmup_steps"
+        )
 
 
 def accuracy_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, float]:

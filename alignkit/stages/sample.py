@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 from alignkit import artifacts, data, models, tokens
 from alignkit.config import Sample
@@ -85,7 +86,7 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
         "prompts": len(prompts),
         "pairs": len(pairs),
         "skipped": skipped,
-        "score_mean": sum(scores) / len(scores),
+        "score_mean": math.fsum(scores) / len(scores),  # the same bits whichever rank has which
     }
     facts = artifacts.describe(
         source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from alignkit import artifacts, data, models, tokens
+from alignkit import artifacts, data, models, saving, tokens
 from alignkit.config import SFT
 from alignkit.engine import World
 from alignkit.log import RunLog
-from alignkit.stages import _trl
+from alignkit.stages import _measure, _trl
 
 
 def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -32,6 +34,8 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     elif peft_config is not None:
         torch.manual_seed(cfg.seed)
         hf = models.new_adapter(hf, peft_config)
+    if cfg.neftune_noise_alpha is not None:
+        add_noise(hf, cfg.neftune_noise_alpha)
     names = {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}
     reporter = _trl.Reporter(log, names, ("policy/loss",))
     trainer = _trl.careful(SFTTrainer, cfg, world, reporter)(
@@ -42,27 +46,52 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
             world,
             max_length=None,  # over-long rows were left out whole, and counted
             completion_only_loss=True,
-            neftune_noise_alpha=cfg.neftune_noise_alpha,
         ),
         train_dataset=train,
-        eval_dataset=evaluation,
         processing_class=tokenizer,
         callbacks=[reporter],
     )
 
-    # 3. Train, measure on the held-out rows, write the model for the next stage.
+    # 3. Train, write the model for the next stage, measure it on the held-out rows.
     metrics = _trl.train(trainer, cfg, world, log)
-    if evaluation is not None:
-        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+    model_dir = cfg.run_dir / "model"
     tokens.name_ends(hf, tokenizer)
-    trainer.save_model(str(cfg.run_dir / "model"))
-    if world.rank == 0:
-        tokens.save_tokenizer(tokenizer, cfg.run_dir / "model")
+    with saving.weights(model_dir):
+        trainer.save_model(str(model_dir))
+    with saving.beside(model_dir):
+        if world.rank == 0:
+            tokens.save_tokenizer(tokenizer, model_dir)
+    if evaluation is not None:
+        with saving.beside(model_dir):
+            pad_id, micro = tokenizer.pad_token_id, cfg.micro_batch_size
+            metrics |= _measure.held_out(trainer, evaluation, pad_id, world, micro)
     facts = artifacts.describe(
         source,
         tokenizer_hash=tokens.tokenizer_hash(tokenizer),
         data_hash=data.fingerprint(rows),
-        adapter=(cfg.run_dir / "model" / "adapter_config.json").is_file(),
+        adapter=(model_dir / "adapter_config.json").is_file(),
         nf4=cfg.finetune.nf4,
     )
     return metrics, facts
+
+
+def add_noise(hf: Any, alpha: float) -> None:
+    """Uniform noise on the embeddings of a causal LM while it trains (NEFTune, arXiv 2310.05914): within
+    alpha / sqrt(l d) in a row of l tokens and d dimensions.
+
+    transformers' own hook takes for l the slots of the batch, its padding too: what a row got depended on those beside it.
+    """
+    base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+    lengths: list[torch.Tensor] = []
+
+    def note(module: Any, args: tuple, inputs: dict[str, Any]) -> None:
+        lengths[:] = [inputs["attention_mask"].sum(1)]
+
+    def noisy(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        bound = alpha / (lengths[0] * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * bound[:, None, None].to(output.dtype)
+
+    base.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    base.get_input_embeddings().register_forward_hook(noisy)

@@ -35,6 +35,7 @@ FLIPS = {
     "normalize_scores": ["algorithm.normalize_scores=true"],
     "score_clip": ["algorithm.score_clip=0.01"],
     "missing_eos_replace": ["algorithm.missing_eos=replace"],
+    "missing_eos_at_most": ["algorithm.missing_eos=at_most"],
     "missing_eos_subtract": ["algorithm.missing_eos=subtract"],
     "missing_eos_value": ["algorithm.missing_eos=replace", "algorithm.missing_eos_value=-3"],
     "importance_none": ["algorithm.importance=none"],
@@ -126,8 +127,10 @@ def test_07_every_option_runs_two_steps(name, flips):
     assert all(math.isfinite(float(value)) for value in numbers)
     if "policy/first_ratio_gap_max" in rows[0]:
         assert rows[0]["policy/first_ratio_gap_max"] <= (0.1 if name == "bfloat16" else 1e-5)
-    assert rows[0]["objective/kl"] == 0
+    assert rows[0]["objective/log_ratio" if name in BIASED else "objective/kl"] == 0
 
+
+BIASED = ("top_p", "top_k", "min_tokens", "vllm_biased")  # no KL is given under these
 
 # Options that change what is computed from the very same rollouts of step 0: {name: metrics that must differ}.
 CHANGES = {
@@ -139,6 +142,7 @@ CHANGES = {
     "score_clip": ["objective/score"],
     "missing_eos_replace": ["objective/score"],
     "missing_eos_value": ["objective/score"],
+    "missing_eos_at_most": ["objective/score"],
     "missing_eos_subtract": ["objective/score"],
     "vf_coef": ["critic/grad_norm"],
     "gamma": ["critic/explained_variance"],
@@ -171,6 +175,8 @@ def test_07_what_an_option_is_for(flips):
 
     assert first("critic_zero")["critic/value"] == 0 and first("critic_trunk")["critic/value"] == 0
     assert "policy/loss" not in first("critic_warmup") and "policy/loss" in steps_of(flips, "critic_warmup")[1]
+    still, learns = steps_of(flips, "critic_warmup")
+    assert "policy/learning_rate" not in still and learns["policy/learning_rate"] == 1e-3  # its own first round
     assert "critic/loss" not in first("rloo") and "critic/loss" in first("critic_trunk")
     assert "critic/grad_norm" not in first("critic_trunk")  # one optimizer: the policy's
     assert "rollout/importance_weight" not in first("importance_none")
