@@ -27,7 +27,7 @@ ABOUT = re.compile(
     r"rating|rank|source|lang|language|split|subset|model|winner|date|time|timestamp|index|idx|count|tokens|length|license)s?|.*[a-z]Id",
     re.IGNORECASE,
 )
-MACHINE = re.compile(r"[0-9a-fA-F-]{16,}|\w+://\S+|[\d.,+-]+")  # a hash, an address, a number
+MACHINE = re.compile(r"[0-9a-fA-F-]{16,}|\w+://\S+")  # a hash, an address
 LOOKED, FEW = 200, 10  # values looked at; how many times each of a category's is found at least
 
 
@@ -69,10 +69,10 @@ def could_be_text(column: str, values: list[Any]) -> bool:
         return False
     if all(MACHINE.fullmatch(value.strip()) for value in values):
         return False
-    if column.lower() in TEXTS:
-        return True
+    if len(values) >= 2 * FEW and FEW * len(set(values)) <= len(values):  # a category
+        return False
     sentences = sum(not value.isascii() or len(value.split()) > 1 for value in values)
-    return 2 * sentences >= len(values) and (len(values) < 2 * FEW or FEW * len(set(values)) > len(values))
+    return column.lower() in TEXTS or 2 * sentences >= len(values)
 
 
 def override(field: str, column: str) -> str:

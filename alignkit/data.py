@@ -1,4 +1,4 @@
-"""Rows and tokens: load a data set, validate every row, template, tokenise, sample and collate.
+"""Data sets: the config node `data`, which reads a set and validates every row.
 
 Three kinds of row, plain dicts whatever file they came from:
 
@@ -6,8 +6,8 @@ Three kinds of row, plain dicts whatever file they came from:
     preference  {"prompt": str | messages, "chosen": str, "rejected": str}, also made of K ranked "answers"
     prompt      {"prompt": str | messages, "reference": str (optional), and the file's other columns}
 
-`encode_prompt` and `encode_response` are the only tokenisation in the project: the same text has the same ids in SFT,
-in the reward model, in PPO and in evaluation. Nothing heavy is imported until a function needs it.
+`sources` finds the files and reads them, `layouts` brings public layouts to our fields, `rows` validates. Nothing heavy
+is imported until a function needs it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,8 @@ class RowList(list[Row]):
 class Data:
     """A data set and where its fields are: the config node `data`."""
 
-    path: str = (
-        MISSING  # .jsonl, .json, .csv or .parquet file; save_to_disk folder; hub id[:config]; demo:chitchat/<split>
-    )
-    split: str = "train"  # which split, where a hub id or a folder has several
+    path: str = MISSING  # file, folder or pattern of files; save_to_disk folder; hub id[:config]; demo:chitchat/<split>
+    split: str = "train"  # which split, where a hub id or the files of a folder have several
     columns: dict[str, str] = field(default_factory=dict)  # our field -> its column, e.g. {prompt: question}
     limit: int | None = num(None, ge=1)  # only the first N rows
     preset: str = "auto"  # public layout, a name of layouts.py; none: our own fields; auto: recognise it

@@ -21,7 +21,7 @@ from omegaconf import MISSING
 from test_cli import BESIDE, MANDATORY, finished_run, invoke, make_work, write_rows
 from tiny import tiny_tokenizer
 
-from alignkit import cli, config, data, report
+from alignkit import cli, config, report, rows
 from alignkit.rewards.base import Context
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,9 +61,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "explain": {"types"},
     "check_data": {
         *("config", "artifacts", "data", "files", "lints", "token_lints", "tokens", "explain", "progress", "types"),
+        "sources",
     },
-    "token_lints": {"tokens", "lints", "files", "types"},
-    "lints": {"data", "files", "minhash", "types"},
+    "token_lints": {"tokens", "lints", "files", "rows", "types"},
+    "lints": {"data", "files", "minhash", "rows", "types"},
     "minhash": set(),
     "run": {"config", "engine", "interrupt", "stages", "artifacts", "log", "types"},
     "stages": {
@@ -87,8 +88,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_card_html": {"report", "report_html", "log"},
     "artifacts": {"log", "demo", "types"},
     "tokens": {"data", "files", "types"},
-    "data": {"layouts", "files", "demo", "types"},
-    "layouts": {"types"},
+    "data": {"layouts", "files", "demo", "rows", "columns", "sources", "types"},
+    "rows": {"layouts", "columns", "files", "types"},
+    "columns": {"files"},
+    "sources": {"files", "types"},
+    "layouts": {"files", "types"},
     "files": {"types"},
     "models": {"types", "algorithms.functional", "quantised"},
     "quantised": set(),
@@ -527,7 +531,7 @@ def test_files_and_names_that_a_page_mentions_exist(page):
         if not re.search(r"/x\.(py|yaml)$", path):
             assert (ROOT / path).exists(), f"{page} names {path}, which does not exist"
     for name in ("_sft_row", "_preference_row", "_prompt_row"):
-        assert name not in text or hasattr(data, name)
+        assert name not in text or hasattr(rows, name)
 
 
 def test_the_scripts_are_executable_and_shell_parses_them():
