@@ -23,8 +23,9 @@ ALIASES = {
 TEXTS = {name for names in ALIASES.values() for name in names} | {"content", "body", "message", "title"}
 # Columns that describe a row, and are no text of it.
 ABOUT = re.compile(
-    r"(.*[\W_])?(id|uuid|guid|hash|sha\d*|md5|url|uri|link|path|file|filename|label|class|category|tag|topic|type|kind|score|"
-    r"rating|rank|source|lang|language|split|subset|model|winner|date|time|timestamp|index|idx|count|tokens|length|license)s?|.*[a-z]Id",
+    r"(.*[\W_])?(id|uuid|guid|hash|sha\d*|md5|url|uri|link|path|file|filename|label|class|category|tag|topic|type|kind|"
+    r"score|rating|rank|source|lang|language|split|subset|model|winner|date|time|timestamp|index|idx|count|tokens|length|"
+    r"license)s?|.*(?-i:[a-z]I[dD])",
     re.IGNORECASE,
 )
 MACHINE = re.compile(r"[0-9a-fA-F-]{16,}|\w+://\S+")  # a hash, an address

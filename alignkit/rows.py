@@ -37,6 +37,7 @@ BESIDE = {"system": "system", "system_prompt": "system", "history": "history"}
 EMPTY_SYSTEM = "{} empty system messages left out"
 SYSTEM_READ = "{} rows with a column '%s', read as the system message in front"
 HISTORY_READ = "{} rows with a column 'history', read as the turns before the prompt"
+NAMED = 20  # columns named at most
 ANSWER = "a string or a list with one assistant message"
 EQUAL = "{} pairs of ranked answers left out, equal in rating or in text"
 
@@ -149,8 +150,9 @@ class Reading:
         """All that is to be said: sentences with {} for their number."""
         if not self.holding:
             return self.said
-        parts = (name if n == self.holding else f"{name} ({n:,})" for name, n in self.unused.items())
-        named = ", ".join(parts).replace("{", "{{").replace("}", "}}")
+        parts = [name if n == self.holding else f"{name} ({n:,})" for name, n in self.unused.items()]
+        more = f" and {len(parts) - NAMED:,} more" if len(parts) > NAMED else ""
+        named = f"{', '.join(parts[:NAMED])}{more}".replace("{", "{{").replace("}", "}}")
         return self.said + Counter({f"{{}} rows hold what is not used: {named}": self.holding})
 
 
@@ -195,7 +197,7 @@ def _ranked_rows(given: Given, how: str) -> list[Row]:
     }
     given.spare += sorted(f"{column}.{name}" for name in parts - {"text", "rating"})
     given.told += [EQUAL] * equal
-    return [_preference_row(Given(given.where, pair, given.kind)) for pair in made]
+    return [_preference_row(Given(given.where, pair, given.kind, spare=given.spare, told=given.told)) for pair in made]
 
 
 def _prompt_row(given: Given) -> Row:
