@@ -24,8 +24,8 @@ TEXTS = {name for names in ALIASES.values() for name in names} | {"content", "bo
 # Columns that describe a row, and are no text of it.
 ABOUT = re.compile(
     r"(.*[\W_])?(id|uuid|guid|hash|sha\d*|md5|url|uri|link|path|file|filename|label|class|category|tag|topic|type|kind|"
-    r"score|rating|rank|source|lang|language|split|subset|model|winner|date|time|timestamp|index|idx|count|tokens|length|"
-    r"license)s?|.*(?-i:[a-z]I[dD])",
+    r"score|rating|rank|source|lang|language|split|subset|model|winner|date|time|timestamp|index|idx|count|tokens|"
+    r"length|license)s?|.*(?-i:[a-z]I[dD])",
     re.IGNORECASE,
 )
 MACHINE = re.compile(r"[0-9a-fA-F-]{16,}|\w+://\S+")  # a hash, an address
@@ -77,7 +77,7 @@ def could_be_text(column: str, values: list[Any]) -> bool:
 
 
 def override(field: str, column: str) -> str:
-    """The argument that maps a column, as it is typed in a shell: quoted for Hydra and for the shell where it must be."""
+    """The argument that maps a column, as it is typed in a shell: quoted for Hydra and the shell where it must be."""
     if re.fullmatch(r"[A-Za-z_][\w./-]*", column, re.ASCII) and column.lower() not in (
         "null",
         "true",

@@ -95,7 +95,8 @@ class Data:
             for other in self.columns:
                 if other != name and self.columns[other] == self.columns[name]:
                     raise InputError(
-                        f"data.columns.{other} and data.columns.{name} are both {self.columns[name]}: map one of the two"
+                        f"data.columns.{other} and data.columns.{name} are both {self.columns[name]}: "
+                        "map one of the two"
                     )
                 if (other, name) in (("messages", "prompt"), ("messages", "completion")):
                     raise InputError(

@@ -256,7 +256,8 @@ def _message(where: str, place: str, turn: Any) -> dict[str, Any]:
     sender = turn.get("from")
     if not isinstance(sender, str) or sender not in SENDERS or "value" not in turn:
         raise InputError(
-            f'{where}: \'{place}\' is {turn.get("", turn)!r:.60}, expected {{"from": ..., "value": ...}} with from one of {", ".join(SENDERS)}'
+            f'{where}: \'{place}\' is {turn.get("", turn)!r:.60}, expected {{"from": ..., "value": ...}} '
+            f"with from one of {', '.join(SENDERS)}"
         )
     others = {name: value for name, value in turn.items() if name not in ("from", "value")}
     if not says_nothing(others.get("role")) or not says_nothing(others.get("content")):

@@ -119,7 +119,7 @@ class Reading:
             made = self._made(given)
             used = layouts.used(self.preset, found)
             left = [name for name in found if name not in used]
-            given.told.append(f"{{}} rows read as {self.preset} (data.preset=none reads their fields as they are)")
+            given.told.insert(0, f"{{}} rows read as {self.preset} (data.preset=none reads their fields as they are)")
         self._settle(given, found, left)
         return made
 
@@ -136,8 +136,8 @@ class Reading:
             for name in left:
                 if name in SHOWN:
                     raise InputError(
-                        f"{given.where}: '{name}' is {kind_of(found[name])}, which the model would have to see, and only "
-                        "text is read: write it into the text, or remove the column"
+                        f"{given.where}: '{name}' is {kind_of(found[name])}, which the model would have to see, "
+                        "and only text is read: write it into the text, or remove the column"
                     )
             names = [*left, *names]
         if names:
@@ -363,8 +363,8 @@ def _others(given: Given, column: str, place: str, message: Row, last: bool) -> 
             continue
         if name in SPOKEN and value is not False:
             raise InputError(
-                f"{given.where}: '{place}.{name}' is {kind_of(value)}, which is not trained on: write it into the content, "
-                "or remove it"
+                f"{given.where}: '{place}.{name}' is {kind_of(value)}, which is not trained on: "
+                "write it into the content, or remove it"
             )
         if name in WEIGHTS and last and value in (0, False):
             raise InputError(
@@ -380,7 +380,8 @@ def _joined(given: Given, column: str, place: str, parts: list[Any]) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             found = f"a part of type {part.get('type')!r:.40}" if isinstance(part, dict) else kind_of(part)
             raise InputError(
-                f'{given.where}: \'{place}[{index}]\' is {found}, expected {{"type": "text", "text": ...}}: only text is read'
+                f"{given.where}: '{place}[{index}]' is {found}, "
+                'expected {"type": "text", "text": ...}: only text is read'
             )
         texts.append(part["text"])
         others = [name for name, value in part.items() if name not in ("type", "text") and not says_nothing(value)]

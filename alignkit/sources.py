@@ -106,7 +106,8 @@ def expand(path: str) -> list[Path]:
     files = [file for file in found if not file.name.startswith(".") and not BESIDE.fullmatch(file.name)]
     if folders := [file.name for file in files if file.is_dir()]:
         raise InputError(
-            f"data.path={path}: fits folders, {', '.join(folders[:3])}: give one of them, or {pattern}/*{FILES[0]} for their files"
+            f"data.path={path}: fits folders, {', '.join(folders[:3])}: give one of them, "
+            f"or {pattern}/*{FILES[0]} for their files"
         )
     if not files:
         near = sorted(file.name for file in root.iterdir())[:5] if root.is_dir() else []
@@ -209,8 +210,8 @@ def _check_whole(path: str, files: list[Path]) -> None:
     for (where, name, count), numbers in sets.items():
         if missing := sorted(set(range(count)) - numbers):
             raise InputError(
-                f"data.path={path}: {where.name}/{name}-{missing[0]:05d}-of-{count:05d} is missing, {len(missing)} of {count} "
-                f"shards: fetch it, or name those there with a pattern, data.path={where}/{name}-*"
+                f"data.path={path}: {where.name}/{name}-{missing[0]:05d}-of-{count:05d} is missing, "
+                f"{len(missing)} of {count} shards: fetch it, or name those there with a pattern, data.path={where}/{name}-*"
             )
 
 
