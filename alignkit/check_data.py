@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from alignkit import artifacts
+from alignkit import artifacts, sources
 from alignkit.chat import date_to_tell
 from alignkit.config import STAGES
 from alignkit.data import Data, Kind
@@ -102,7 +102,7 @@ def check_set(
     Raises:
         InputError: the file cannot be read at all, or has no rows.
     """
-    made, row_lints, said = Checked(name, data.path), RowLints(), Counter[str]()
+    made, row_lints, said = Checked(name, data.path), RowLints(kind), Counter[str]()
     for chunk in _chunks(made, data, kind, said, tick):
         row_lints.check(chunk, made.findings)
         if token_lints is not None:
@@ -151,11 +151,17 @@ def _chunks(made: Checked, data: Data, kind: Kind, said: Counter, tick: Tick) ->
 
 def _size(data: Data) -> int:
     """About how many rows a data set has, for the time left; 0 where that takes reading it."""
-    path = Path(data.path).expanduser()
-    if path.suffix in (".jsonl", ".csv") and path.is_file():
-        with path.open("rb") as file:
+    given = Path(data.path).expanduser()
+    if data.path.startswith("demo:") or (given.is_dir() and sources.is_saved(given)):
+        return 0
+    return sum(map(_file_size, sources.shards(data.path, data.split, Counter())))
+
+
+def _file_size(path: Path) -> int:
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".csv", ".tsv"):
+        with contextlib.suppress(OSError), path.open("rb") as file:  # told when it is read
             return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    if path.suffix == ".parquet" and path.is_file():
+    if path.suffix.lower() == ".parquet":
         import pyarrow
         import pyarrow.parquet
 

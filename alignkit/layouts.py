@@ -3,11 +3,15 @@
     hh_rlhf        chosen, rejected: transcripts of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..."
     ultrafeedback  prompt, chosen, rejected as messages; or instruction, completions with their ratings
     tldr           info (subreddit, title, post), summaries (two texts), choice (0 or 1)
-    alpaca         instruction, input, output
-    sharegpt       conversations of {"from": human | gpt | system, "value": ...}; optionally chosen, rejected
+    alpaca         instruction, input, output; optionally system, and history of [question, answer]
+    dolly          instruction, context, response
+    openorca       system_prompt, question, response
+    sharegpt       conversations (or conversation) of {"from": human | gpt | system, "value": ...}, or of role and
+                   content; optionally system, and chosen, rejected
 
-What comes out has the fields of `alignkit/data.py`, which checks them as it checks any row. Answers that carry a rating
-come out as `answers`, best first; `pairs` makes the preference pairs of them.
+What comes out has the fields of `alignkit/rows.py`, which checks them as it checks any row. Answers that carry a rating
+come out as `answers`, best first; `pairs` makes the preference pairs of them. White space around the turns of a
+transcript and around summaries belongs to the layout, and is left out.
 """
 
 from __future__ import annotations
@@ -15,14 +19,17 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from alignkit.files import says_nothing
 from alignkit.types import InputError
 
 Row = dict[str, Any]
 
 TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
+OTHERS = re.compile(r"\n\n(System|User|Tool|Observation|AI|Bot|Human \d+|Assistant \d+):")  # no speakers of these
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 SENDERS = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -42,14 +49,32 @@ ADVICE = "set data.preset to the one it is, or data.preset=none for rows in our 
 # ------------------------------------------------------------------------------------------------------- recognition
 
 
-def recognise(where: str, row: Row, kind: str) -> str:
-    """The name of the layout that a row has, or "none" where it has our own fields or no known ones.
+def recognise(rows: Iterable[tuple[str, Row]], kind: str) -> str:
+    """The name of the layout that most of these rows have, or "none" where that is our own fields or no known ones.
 
     Raises:
-        InputError: it has the marks of two layouts, or reading it as it stands would train on whole transcripts.
+        InputError: most have the marks of two layouts, or would train on whole transcripts as they stand.
     """
+    votes: Counter[str] = Counter()
+    fault: InputError | None = None
+    for where, row in rows:
+        try:
+            name = _layout(where, row, kind)
+        except InputError as error:
+            name, fault = "refused", fault or error
+        if name:
+            votes[name] += 1
+    most = max(votes, key=votes.__getitem__, default="none")  # of equals the first
+    if most == "refused" and fault is not None:
+        raise fault
+    return most
+
+
+def _layout(where: str, row: Row, kind: str) -> str | None:
+    """The layout that one row has, "none" where it has our own fields, None where it has no known ones."""
     transcripts = _is_transcript(row.get("chosen")) and _is_transcript(row.get("rejected"))
-    if any(fields <= row.keys() for fields in OWN[kind]):
+    senders = _has_senders(row.get("messages"))
+    if any(all(row.get(name) is not None for name in fields) for fields in OWN[kind]) and not senders:
         if transcripts and kind == "preference":
             raise InputError(
                 f"{where}: 'chosen' and 'rejected' are whole transcripts (Human: ... Assistant: ...) beside a 'prompt': "
@@ -59,7 +84,7 @@ def recognise(where: str, row: Row, kind: str) -> str:
     found = [name for name, marks in MARKS.items() if marks(row)]
     if len(found) > 1:
         raise InputError(f"{where}: the fields {', '.join(row)} fit {' and '.join(found)}: {ADVICE}")
-    return found[0] if found else "none"
+    return found[0] if found else None
 
 
 def _is_transcript(value: Any) -> bool:
@@ -68,6 +93,17 @@ def _is_transcript(value: Any) -> bool:
 
 def _has(row: Row, **types: Any) -> bool:
     return all(isinstance(row.get(name), of) for name, of in types.items())
+
+
+def _has_senders(turns: Any) -> bool:
+    """True for turns of {"from": ..., "value": ...}."""
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and turns[0].get("from") is not None
+
+
+def _turns_column(row: Row) -> str:
+    """The column of a ShareGPT row's turns."""
+    names = (name for name in ("conversations", "conversation") if isinstance(row.get(name), list))
+    return next(names, "messages" if _has_senders(row.get("messages")) else "conversations")
 
 
 def _is_ultrafeedback(row: Row) -> bool:
@@ -80,7 +116,11 @@ MARKS: dict[str, Callable[[Row], bool]] = {
     "ultrafeedback": _is_ultrafeedback,
     "tldr": lambda row: _has(row, info=dict, summaries=list, choice=int),
     "alpaca": lambda row: _has(row, instruction=str, input=(str, type(None)), output=str),
-    "sharegpt": lambda row: _has(row, conversations=list),
+    "dolly": lambda row: _has(row, instruction=str, context=(str, type(None)), response=str),
+    "openorca": lambda row: (
+        _has(row, system_prompt=(str, type(None)), question=str, response=str) and "system_prompt" in row
+    ),
+    "sharegpt": lambda row: _has(row, **{_turns_column(row): list}),
 }
 
 
@@ -104,6 +144,10 @@ def _turns(where: str, name: str, text: str) -> list[dict[str, str]]:
     if before.strip() or len(speakers) < 2 or speakers[0] != "Human" or speakers[-1] != "Assistant":
         raise InputError(
             f"{where}: '{name}' is no transcript: expected '\\n\\nHuman: ...' first and '\\n\\nAssistant: ...' last"
+        )
+    if other := OTHERS.search(text):
+        raise InputError(
+            f"{where}: '{name}' has a turn of {other[1]}, expected only Human and Assistant: write the row as messages"
         )
     return [{"role": SPEAKERS[s], "content": t.strip()} for s, t in zip(speakers, texts, strict=True)]
 
@@ -150,10 +194,10 @@ def tldr(where: str, row: Row) -> Row:
             f"{where}: {len(summaries)} summaries and choice {choice}: expected two, and the choice 0 or 1"
         )
     if info.get("post"):
-        title = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\n"
-        prompt = f"{title}POST: {info['post'].strip()}\n\nTL;DR:"
+        subreddit, title, post = (_get(where, info, name, str) for name in ("subreddit", "title", "post"))
+        prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post.strip()}\n\nTL;DR:"
     elif info.get("article"):
-        prompt = f"Article:\n{info['article'].strip()}\n\nTL;DR:"
+        prompt = f"Article:\n{_get(where, info, 'article', str).strip()}\n\nTL;DR:"
     else:
         raise InputError(f"{where}: 'info' has no text under post or article: fill it in or remove the row")
     texts = [s["text"].strip() if isinstance(s.get("text"), str) else s.get("text") for s in summaries]
@@ -162,30 +206,63 @@ def tldr(where: str, row: Row) -> Row:
 
 def alpaca(where: str, row: Row) -> Row:
     """Alpaca's instructions: the input, where there is one, follows the instruction after an empty line."""
-    instruction, context = _get(where, row, "instruction", str), row.get("input") or ""
-    if not isinstance(context, str):
-        raise InputError(f"{where}: 'input' is {type(context).__name__}, expected a string: write it as text")
-    prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
-    return {"prompt": prompt, "completion": _get(where, row, "output", str)}
+    return _instruction(where, row, "instruction", "input", "output") | _beside(row, system="system", history="history")
+
+
+def dolly(where: str, row: Row) -> Row:
+    """Dolly's instructions: the context, where there is one, follows the instruction after an empty line."""
+    return _instruction(where, row, "instruction", "context", "response")
+
+
+def openorca(where: str, row: Row) -> Row:
+    """OpenOrca's questions, with the system message that each was answered under."""
+    return _instruction(where, row, "question", "", "response") | _beside(row, system="system_prompt")
+
+
+def _instruction(where: str, row: Row, asks: str, context: str, answers: str) -> Row:
+    """A question, what it is about, and its answer, by the names of their columns."""
+    prompt, about = _get(where, row, asks, str), row.get(context)
+    if about is not None and not isinstance(about, str):
+        raise InputError(f"{where}: '{context}' is {type(about).__name__}, expected a string: write it as text")
+    if about and about.strip():
+        prompt = f"{prompt}\n\n{about}"
+    return {"prompt": prompt, "completion": _get(where, row, answers, str)}
+
+
+def _beside(row: Row, **fields: str) -> Row:
+    """{our field: what its column says}, of the columns that say something."""
+    return {name: row[column] for name, column in fields.items() if not says_nothing(row.get(column))}
 
 
 def sharegpt(where: str, row: Row) -> Row:
     """ShareGPT's conversations; with `chosen` and `rejected` beside, those answer the conversation."""
+    column = _turns_column(row)
     messages = [
-        _message(where, f"conversations[{place}]", turn)
-        for place, turn in enumerate(_get(where, row, "conversations", list))
+        _message(where, f"{column}[{place}]", turn) for place, turn in enumerate(_get(where, row, column, list))
     ]
-    if "chosen" in row and "rejected" in row:
-        return _pair(messages, *([_message(where, name, row[name])] for name in ("chosen", "rejected")))
-    return {"messages": messages}
+    beside = _beside(row, system="system")
+    if not says_nothing(row.get("chosen")) and not says_nothing(row.get("rejected")):
+        chosen, rejected = ([_message(where, name, row[name])] for name in ("chosen", "rejected"))
+        return _pair(messages, chosen, rejected) | beside
+    return {"messages": messages} | beside
 
 
 def _message(where: str, place: str, turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, dict) or turn.get("from") not in SENDERS or "value" not in turn:
+    """A turn as a message; what else it holds stays in it, to be judged with any message's."""
+    if not isinstance(turn, dict):
+        turn = {"": turn}
+    if turn.get("from") is None and "role" in turn and "content" in turn:
+        return {name: value for name, value in turn.items() if name not in ("from", "value") or value is not None}
+    sender = turn.get("from")
+    if not isinstance(sender, str) or sender not in SENDERS or "value" not in turn:
         raise InputError(
-            f'{where}: \'{place}\' is {turn!r:.60}, expected {{"from": ..., "value": ...}} with from one of {", ".join(SENDERS)}'
+            f'{where}: \'{place}\' is {turn.get("", turn)!r:.60}, expected {{"from": ..., "value": ...}} '
+            f"with from one of {', '.join(SENDERS)}"
         )
-    return {"role": SENDERS[turn["from"]], "content": turn["value"]}
+    others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    if not says_nothing(others.get("role")) or not says_nothing(others.get("content")):
+        raise InputError(f"{where}: '{place}' has both 'from' and 'role' or 'content': keep one of the two forms")
+    return {**others, "role": SENDERS[sender], "content": turn["value"]}
 
 
 def _get(where: str, row: Row, name: str, of: type) -> Any:
@@ -204,8 +281,39 @@ PRESETS: dict[str, Callable[[str, Row], Row]] = {
     "ultrafeedback": ultrafeedback,
     "tldr": tldr,
     "alpaca": alpaca,
+    "dolly": dolly,
+    "openorca": openorca,
     "sharegpt": sharegpt,
 }
+# The columns that each of them always reads; see `used`.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "hh_rlhf": ("chosen", "rejected"),
+    "ultrafeedback": ("instruction", "completions"),
+    "tldr": ("info", "summaries", "choice"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "dolly": ("instruction", "context", "response"),
+    "openorca": ("system_prompt", "question", "response"),
+    "sharegpt": ("system", "chosen", "rejected"),
+}
+
+
+def used(preset: str, row: Row) -> set[str]:
+    """The columns of a row that a preset reads, or that say again what those say."""
+    found = set(COLUMNS[preset])
+    if preset == "sharegpt":
+        found.add(_turns_column(row))
+    if preset == "ultrafeedback" and "completions" not in row:
+        found = {"chosen", "rejected"}
+        if len(row["chosen"]) == 1 or stands_in(row.get("prompt"), row["chosen"]):
+            found.add("prompt")
+    return found
+
+
+def stands_in(prompt: Any, messages: list[Any]) -> bool:
+    """True where a conversation says what a prompt beside it says."""
+    if isinstance(prompt, list):
+        return prompt == messages[: len(prompt)]
+    return any(isinstance(message, dict) and message.get("content") == prompt for message in messages)
 
 
 # -------------------------------------------------------------------------------------------------- for another kind
@@ -223,14 +331,13 @@ def as_kind(where: str, row: Row, kind: str) -> Row:
                 f"{where}: this layout has one answer a prompt, and a pair needs two: give preference data"
             )
         return row
+    others = {name: value for name, value in row.items() if name not in ("chosen", "rejected", "answers", "completion")}
     if "answers" in row:
-        best = _ranked(where, row["answers"])[0][1]
-        row = {"prompt": row["prompt"], "chosen": best}
+        row = {"chosen": _ranked(where, row["answers"])[0][1]}
     if "chosen" in row:
-        answer = {"completion": row["chosen"]} if kind == "sft" else {}
-        return {"prompt": row["prompt"], **answer}
+        return others | ({"completion": row["chosen"]} if kind == "sft" else {})
     if kind == "prompt" and "completion" in row:
-        return {"prompt": row["prompt"], "reference": row["completion"]}
+        return others | {"reference": row["completion"]}
     return row
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.data import Data, EmptyText, HalfCharacter, RowList, SamePair
+from alignkit.data import Data, RowList
 from alignkit.files import Unreadable, short_repr
 from alignkit.minhash import NearIndex, normal
+from alignkit.rows import EmptyText, HalfCharacter, Kind, SamePair
 from alignkit.types import InputError
 
 Row = dict[str, Any]
@@ -96,9 +97,14 @@ def compared(prompt: str | list[dict[str, str]]) -> str:
     return normal("\n".join(m["content"] for m in prompt if m["role"] not in ("system", "developer")))
 
 
-def answers(row: Row) -> Iterator[tuple[str, str]]:
-    """(field, text) of the answers of a row of any kind."""
-    return ((name, row[name]) for name in ("completion", "chosen", "rejected", "reference") if row.get(name))
+# The answers of a row of each kind; a prompt row has other columns too, of any name and type.
+ANSWERS = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompt": ("reference",)}
+
+
+def answers(row: Row, kind: Kind | None = None) -> Iterator[tuple[str, str]]:
+    """(field, text) of the answers of a row; `kind` is told by its fields where it is not given."""
+    names = ANSWERS[kind] if kind else ("completion", "chosen", "rejected", "reference")
+    return ((name, row[name]) for name in names if isinstance(row.get(name), str) and row[name])
 
 
 class HeldOut:
@@ -141,27 +147,29 @@ class HeldOut:
 class RowLints:
     """The lints that need nothing but the rows."""
 
-    def __init__(self) -> None:
-        self.whole, self.unordered, self.number = array("q"), array("q"), array("q")
-        self.place = ""  # "pairs.jsonl line", which the numbers follow
+    def __init__(self, kind: Kind | None = None) -> None:
+        self.kind = kind
+        self.whole, self.unordered, self.number, self.file = array("q"), array("q"), array("q"), array("i")
+        self.places: dict[str, int] = {}  # {"pairs.jsonl line", which the numbers follow: its index}
         self.lengths: dict[str, array] = defaultdict(lambda: array("i"))  # {field: characters of each row}
 
     def check(self, rows: list[tuple[str, Row]], findings: Findings) -> None:
         """Findings of "alike_pair", "encoding" and "control"; duplicates are told by `finish`."""
         for where, row in rows:
-            prompt, given = row["prompt"], list(answers(row))
+            prompt, given = row["prompt"], list(answers(row, self.kind))
             texts = [*prompt_texts(prompt), *(text for _, text in given)]
             if not _plain("".join(texts)):
                 self._bad_text(where, texts, findings)
-            if "chosen" in row and _alike(row["chosen"], row["rejected"]):
+            if [name for name, _ in given] == ["chosen", "rejected"] and _alike(given[0][1], given[1][1]):
                 findings.add("alike_pair", where, f"{short_repr(row['chosen'])} and {short_repr(row['rejected'])}")
             start = hash(prompt if isinstance(prompt, str) else tuple((m["role"], m["content"]) for m in prompt))
             ends = [hash(text) for _, text in given]
             self.lengths["prompt"].append(sum(map(len, texts[: len(texts) - len(given)])))
             for name, text in given:
                 self.lengths[name].append(len(text))
-            self.place, _, number = where.rpartition(" ")
+            place, _, number = where.rpartition(" ")
             self.number.append(int(number))
+            self.file.append(self.places.setdefault(place, len(self.places)))
             self.whole.append(hash((start, *ends)))
             self.unordered.append(hash((start, *sorted(ends))))
 
@@ -187,11 +195,12 @@ class RowLints:
         new[1:] = unordered[order[1:]] != unordered[order[:-1]]
         first = np.empty_like(order)  # of each row, the earliest one like it
         first[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
+        places = list(self.places)
         for row in np.flatnonzero(first != np.arange(len(order))):
             same = whole[row] == whole[first[row]]
-            earlier = f"{self.place} {self.number[first[row]]}"
+            where, earlier = (f"{places[self.file[at]]} {self.number[at]}" for at in (row, first[row]))
             what = f"the same as {earlier}" if same else f"the reverse of {earlier}"
-            findings.add("duplicate" if same else "reversed", f"{self.place} {self.number[row]}", what)
+            findings.add("duplicate" if same else "reversed", where, what)
 
 
 def _plain(text: str) -> bool:
@@ -226,7 +235,7 @@ def at_start(stage: str, sets: dict[str, tuple[Data, RowList]]) -> list[str]:
         said += rows.notes
         placed = [(f"{node.path} row {number}", row) for number, row in enumerate(rows, 1)]
         if node.lint != "off":
-            findings, row_lints = Findings(), RowLints()
+            findings, row_lints = Findings(), RowLints(rows.kind)
             row_lints.check(placed, findings)
             row_lints.finish(findings)
             held_out.check(placed, findings)

@@ -11,6 +11,7 @@ import numpy as np
 from alignkit import ends, tokens
 from alignkit.chat import messages_of
 from alignkit.lints import Findings, answers, prompt_texts
+from alignkit.rows import Kind
 from alignkit.types import InputError
 
 Row = dict[str, Any]
@@ -22,6 +23,7 @@ class TokenLints:
     def __init__(self, tokenizer: Any, max_length: int, key: str) -> None:
         """`max_length` tokens of a whole row, or of its prompt where `key` is "max_prompt_length"."""
         self.tokenizer, self.max_length, self.key = tokenizer, max_length, key
+        self.kind: Kind | None = "prompt" if key == "max_prompt_length" else None  # other columns are no answers
         self.lengths: dict[str, array] = {}  # {field: tokens, the eos of an answer included}
         self._special = re.compile("|".join(map(re.escape, sorted(_specials(tokenizer), key=len, reverse=True))))
         apart = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id, None}
@@ -55,7 +57,9 @@ class TokenLints:
                 findings.add("too_long", where, f"{length} tokens, {self.key}={self.max_length}")
             if odd:
                 findings.add("unknown_token", where, f"part of the text becomes {self.tokenizer.unk_token}")
-            if found := self._special.search("\n".join([*prompt_texts(row["prompt"]), *(t for _, t in answers(row))])):
+            if found := self._special.search(
+                "\n".join([*prompt_texts(row["prompt"]), *(t for _, t in answers(row, self.kind))])
+            ):
                 findings.add("special_token", where, f"{found.group()!r} is read as that token, not as text")
 
     def _count(self, name: str, ids: list[list[int]], unknown: np.ndarray) -> np.ndarray:

@@ -221,7 +221,7 @@ def test_the_mapping_the_message_proposes_mends_the_row(jsonl):
         ("x.jsonl", "\n \n", ["no rows", "expected at least one sft row"]),
         ("x.json", '{"prompt": "a"}\n{"prompt": "b"}', ["x.json line 2: not JSON", "rename it to .jsonl"]),
         ("x.json", '{"prompt": "a"}', ["x.json: found dict", "expected a list of objects"]),
-        ("x.json", '[{"prompt": "a"}, 3]', ["x.json row 2: found int 3"]),
+        ("x.json", '[{"prompt": "a", "completion": "b"}, 3]', ["x.json row 2: found int 3"]),
         ("x.json", "[]", ["no rows"]),
         ("x.csv", "prompt,completion\na,b\nc,d,e\n", ["x.csv row 2: found 3 columns, expected 2"]),
         ("x.csv", "prompt,completion\na\n", ["x.csv row 1: found 1 columns, expected 2"]),

@@ -21,7 +21,7 @@ from omegaconf import MISSING
 from test_cli import BESIDE, MANDATORY, finished_run, invoke, make_work, write_rows
 from tiny import tiny_tokenizer
 
-from alignkit import cli, config, data, report
+from alignkit import cli, config, report, rows
 from alignkit.rewards.base import Context
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,11 +66,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ranges": {"types"},
     "explain": {"types"},
     "check_data": {
-        *("artifacts", "chat", "config", "data", "explain", "files", "lints", "progress", "token_lints", "tokens"),
-        "types",
+        *("artifacts", "chat", "config", "data", "explain", "files", "lints", "progress", "sources", "token_lints"),
+        *("tokens", "types"),
     },
-    "token_lints": {"chat", "ends", "files", "lints", "tokens", "types"},
-    "lints": {"data", "files", "minhash", "types"},
+    "token_lints": {"chat", "ends", "files", "lints", "rows", "tokens", "types"},
+    "lints": {"data", "files", "minhash", "rows", "types"},
     "minhash": set(),
     "run": {"artifacts", "config", "engine", "hashes", "interrupt", "log", "stages", "types"},
     "stages": {
@@ -88,6 +88,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "algorithms": {"types"},
     "launch": {"log", "progress", "types"},
     "report_html": {"artifacts", "log", "progress", "report", "types"},
+    "rows": {"columns", "files", "layouts", "types"},
+    "columns": {"files"},
+    "sources": {"files", "types"},
     "report": {"artifacts", "log", "progress", "types"},
     "report_card": set(),
     "report_card_html": {"log", "report", "report_html"},
@@ -95,8 +98,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "saving": {"types"},
     "tokens": {"chat", "data", "ends", "files", "types"},
     "architectures": {"types"},
-    "data": {"demo", "files", "layouts", "types"},
-    "layouts": {"types"},
+    "data": {"columns", "demo", "files", "layouts", "rows", "sources", "types"},
+    "layouts": {"files", "types"},
     "files": {"types"},
     "models": {"algorithms.functional", "architectures", "loaded", "quantised", "saving", "score_heads", "types"},
     "loaded": {"types", "weights"},
@@ -536,7 +539,7 @@ def test_files_and_names_that_a_page_mentions_exist(page):
         if not re.search(r"/x\.(py|yaml)$", path):
             assert (ROOT / path).exists(), f"{page} names {path}, which does not exist"
     for name in ("_sft_row", "_preference_row", "_prompt_row"):
-        assert name not in text or hasattr(data, name)
+        assert name not in text or hasattr(rows, name)
 
 
 def test_the_scripts_are_executable_and_shell_parses_them():

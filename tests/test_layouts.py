@@ -82,6 +82,10 @@ TLDR_PROMPT = "SUBREDDIT: r/pets\n\nTITLE: Cat\n\nPOST: My cat sits on my keyboa
 ALPACA = {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"}
 ALPACA_PLAIN = {"instruction": "Say hello.", "input": "", "output": "Hello!"}
 
+DOLLY = {"instruction": "Which day?", "context": "It rained on Monday.", "response": "Monday."}
+OPENORCA = {"id": "flan.1", "system_prompt": "Be brief.", "question": "Hi", "response": "Hello."}
+ORCA_START = [{"role": "system", "content": "Be brief."}, user("Hi")]
+
 SHAREGPT = {
     "id": "x_0",
     "conversations": [
@@ -111,6 +115,10 @@ ROWS = {
     ("tldr", "prompt"): (TLDR, {"prompt": TLDR_PROMPT}),
     ("alpaca", "sft"): (ALPACA, {"prompt": "Add the numbers.\n\n2 and 3", "completion": "5"}),
     ("alpaca", "prompt"): (ALPACA, {"prompt": "Add the numbers.\n\n2 and 3", "reference": "5"}),
+    ("dolly", "sft"): (DOLLY, {"prompt": "Which day?\n\nIt rained on Monday.", "completion": "Monday."}),
+    ("dolly", "prompt"): (DOLLY, {"prompt": "Which day?\n\nIt rained on Monday.", "reference": "Monday."}),
+    ("openorca", "sft"): (OPENORCA, {"prompt": ORCA_START, "completion": "Hello."}),
+    ("openorca", "prompt"): (OPENORCA, {"prompt": ORCA_START, "reference": "Hello.", "system": "Be brief."}),
     ("sharegpt", "sft"): (SHAREGPT, {"prompt": SHAREGPT_START, "completion": "See you."}),
     ("sharegpt", "prompt"): (SHAREGPT, {"prompt": SHAREGPT_START, "reference": "See you."}),
     ("sharegpt", "preference"): (SHAREGPT_PAIR, {"prompt": [user("Hi")], "chosen": "Hello.", "rejected": "What?"}),
@@ -132,20 +140,25 @@ def test_a_layout_is_recognised_and_said(read, preset, kind):
     row, expected = ROWS[preset, kind]
     found = read(kind, row, row)
     assert found == [expected, expected]
-    (note,) = found.notes
+    note, *others = found.notes
     assert "rows.jsonl: 2 rows read as " + preset in note and "data.preset=none" in note
+    spare = {"tldr": "worker, batch, split, extra", "sharegpt": "id" if row is SHAREGPT else "", "openorca": "id"}
+    named = spare.get(preset, "")
+    assert [other.partition("not used: ")[2] for other in others if "not used" in other] == ([named] if named else [])
 
 
-def test_rows_in_our_own_fields_are_read_as_before_and_nothing_is_said(read):
+def test_rows_in_our_own_fields_are_read_as_before_and_what_is_left_is_named(read):
     found = read("preference", BINARISED)
-    assert (
-        found == [{"prompt": [user("Name a colour.")], "chosen": "Blue.", "rejected": "Seven."}] and found.notes == ()
-    )
+    assert found == [{"prompt": [user("Name a colour.")], "chosen": "Blue.", "rejected": "Seven."}]
+    assert [note.partition("not used: ")[2] for note in found.notes] == [
+        "prompt_id, messages, score_chosen, score_rejected"
+    ]
     assert read("sft", {"prompt": "a", "completion": "b", "instruction": "c", "input": "d", "output": "e"}) == [
         {"prompt": "a", "completion": "b"}
     ]
     mapped = read("sft", ALPACA, columns={"prompt": "instruction", "completion": "output"})
-    assert mapped == [{"prompt": "Add the numbers.", "completion": "5"}] and mapped.notes == ()
+    assert mapped == [{"prompt": "Add the numbers.", "completion": "5"}]
+    assert [note.partition("not used: ")[2] for note in mapped.notes] == ["input"]
 
 
 def test_an_empty_input_leaves_the_instruction_alone_and_the_second_summary_may_be_the_choice(read):
@@ -194,6 +207,11 @@ REFUSED = {
     "hh: no transcript": ("preference", {"chosen": "Yes.", "rejected": "No."}, {"preset": "hh_rlhf"}, ["'chosen' is no transcript"]),
     "hh: an empty answer": ("preference", {**HH, "chosen": HH["chosen"].removesuffix("Very small stones.")}, {}, ["'chosen' is an empty string"]),
     "tldr: a third choice": ("preference", {**TLDR, "choice": 2}, {}, ["choice 2", "0 or 1"]),
+    "hh: a third speaker": ("preference", {name: text.replace("Human: And", "System: x\n\nHuman: And") for name, text in HH.items()}, {}, ["a turn of System"]),
+    "alpaca: a number for input": ("sft", {**ALPACA, "input": 0}, {"preset": "alpaca"}, ["'input' is int"]),
+    "tldr: no title": ("prompt", {**TLDR, "info": {"post": "x", "subreddit": "y"}}, {}, ["'title'", "expected str"]),
+    "sharegpt: an odd sender": ("sft", {"conversations": [{"from": ["human"], "value": "x"}]}, {}, ["'conversations[0]'"]),
+    "sharegpt: a tool's call": ("sft", {"conversations": [{"from": "human", "value": "x", "tool_calls": [1]}, {"from": "gpt", "value": "y"}]}, {}, ["[0].tool_calls'"]),
     "tldr: no text": ("prompt", {**TLDR, "info": {"title": "x"}}, {}, ["post or article"]),
     "sharegpt: a new sender": ("sft", {"conversations": [{"from": "alien", "value": "x"}]}, {}, ["'conversations[0]'", "human"]),
     "sharegpt: the human speaks last": ("sft", {"conversations": SHAREGPT["conversations"][:-1]}, {}, ["'messages'", "assistant's last"]),
@@ -233,5 +251,32 @@ def test_faulty_rows_are_left_out_only_where_that_is_asked_for_and_counted(read)
 
 def test_every_preset_has_marks_and_a_case_for_each_kind_it_can_make():
     assert set(layouts.MARKS) == set(layouts.PRESETS) == {preset for preset, _ in ROWS}
-    impossible = {("alpaca", "preference")}
+    impossible = {(preset, "preference") for preset in ("alpaca", "dolly", "openorca")}
     assert set(ROWS) == {(p, k) for p in layouts.PRESETS for k in layouts.OWN} - impossible
+
+
+TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+
+
+def test_context_columns_of_a_layout_reach_the_prompt(read):
+    system = {"role": "system", "content": "Be brief."}
+    row = {**ALPACA_PLAIN, "system": "Be brief.", "history": [["Hi", "Yes?"]]}
+    assert read("sft", row)[0]["prompt"] == [system, user("Hi"), assistant("Yes?"), user("Say hello.")]
+    assert read("prompt", row)[0]["prompt"] == [system, user("Hi"), assistant("Yes?"), user("Say hello.")]
+    assert read("sft", {**row, "system": "", "history": []}) == [{"prompt": "Say hello.", "completion": "Hello!"}]
+    assert read("sft", {"conversations": TALK, "system": "Be brief."})[0]["prompt"] == [system, user("Hi")]
+    assert read("preference", {**SHAREGPT_PAIR, "system": "Be brief."})[0]["prompt"] == [system, user("Hi")]
+
+
+@pytest.mark.parametrize("column", ["conversations", "conversation", "messages"])
+@pytest.mark.parametrize("turns", [TALK, [user("Hi"), assistant("Hello.")]])
+def test_a_conversation_is_one_under_any_of_its_names(read, column, turns):
+    turns = [{"role": None, "content": None, **turn} if "from" in turn else {"from": None, **turn} for turn in turns]
+    found = read("sft", {column: turns})
+    assert found == [{"prompt": [user("Hi")], "completion": "Hello."}]
+    assert not any("not used" in note for note in found.notes)
+
+
+def test_one_odd_first_row_does_not_decide_for_all(read):
+    cut = {**HH, "chosen": "\n\nHuman: What is a stone?"}
+    assert read("preference", cut, HH, HH, faulty="leave_out") == [ROWS["hh_rlhf", "preference"][1]] * 2
