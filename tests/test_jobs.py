@@ -41,6 +41,11 @@ def told(status: str, job: Job | None = None, held: bool = False, progress: str 
         (("running", Job("7", "OUT_OF_MEMORY")), "failed", "OUT_OF_MEMORY"),
         (("saved", Job("7", "FAILED")), "saved", "FAILED"),
         (("running", Job("7", "UNKNOWN")), "failed", "Slurm does not know that job any more"),
+        (
+            ("running", Job("7", "UNANSWERED", "squeue: no route"), False, "PPO  1/3"),
+            "not known",
+            "squeue: no route; PPO  1/3",
+        ),
         (("done", Job("7", "COMPLETED")), "done", ""),
     ],
 )
@@ -87,7 +92,8 @@ def test_a_job_is_not_asked_for_where_there_is_no_slurm(run, monkeypatch):
     """On a machine without Slurm the manifests still speak."""
     write_record(run / "ppo", "7", [])
     monkeypatch.setenv("PATH", "")
-    assert jobs.status(run / "ppo")[0].detail.startswith("Slurm does not know that job any more; PPO  2/8")
+    found = jobs.status(run / "ppo")[0]
+    assert found.status == "not known" and "no squeue on this machine" in found.detail and "PPO  2/8" in found.detail
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel", "report"])

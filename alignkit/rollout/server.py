@@ -163,15 +163,18 @@ class ServerSampler:
                 self.context.note(f"rollout server {number} ended (code {code}): starting it again")
                 self.replicas[number] = self.launch(number)
 
-    def recover(self, adapter: str) -> None:
-        """Where no server is left that holds `adapter`: wait for one that is starting, and give it the adapter."""
+    def recover(self, adapter: str | None) -> None:
+        """Where no server is left that holds `adapter` (None: the bare base, which all do): wait for one that is starting,
+        and give it the adapter."""
         with self.lock:
-            if any(adapter in r.loaded and not r.dead for r in self.replicas):
+            if any((adapter is None or adapter in r.loaded) and not r.dead for r in self.replicas):
                 return
             deadline = time.monotonic() + self.sampling.start_timeout_s
             while time.monotonic() < deadline:
                 self.revive()
                 for replica in filter(self.healthy, self.replicas):
+                    if adapter is None:
+                        return
                     with contextlib.suppress(ServerFailure):  # it may go at this very moment
                         return self.load(replica, adapter, self.folder / f"version_{adapter.split('-')[1]}")
                 if not any(r.process is not None and not r.dead for r in self.replicas):
@@ -276,8 +279,7 @@ class ServerSampler:
         failures: list[str] = []
         for attempt in range(self.sampling.retries + 1):
             adapter = None if body["model"] == "base" else body["model"]
-            if adapter is not None:
-                self.recover(adapter)
+            self.recover(adapter)
             servers = self.alive(adapter)
             replica = servers[(number + attempt) % len(servers)]
             try:
@@ -370,6 +372,7 @@ def serve_command(config: Server, context: Context, host: str, port: int) -> lis
         *("--max-num-batched-tokens", str(max(context.max_model_len, 4096)), "--no-enable-chunked-prefill"),
         *("--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", str(rank)),
         *("--max-loras", str(1 + config.async_steps), "--max-cpu-loras", "3"),
+        *("--middleware", "alignkit.rollout.guard.KeyGuard"),
     ]
     if torch.cuda.is_available():
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
