@@ -162,13 +162,25 @@ def cancel(run: Path) -> None:
 
 
 def write_report(run: Path) -> None:
-    """alignkit report RUN: summary.json, report.html and the table of what there is."""
+    """alignkit report RUN: summary.json, report.html and the table of what there is.
+
+    Raises:
+        RunError: they cannot be written there; the table was printed.
+    """
     from alignkit import report, report_html
 
-    stage_folders(run)
-    report.write_summary(run)
-    report_html.write_html(run)
+    first = stage_folders(run)[0]
+    if first == run:  # a stage's folder, whose report.html is its own: the card of a reward model
+        print(f"{first} is a stage: the report is of the run that it belongs to")
+    run = Path(os.path.normpath(first)).parent
     report.print_summary(run)
+    try:
+        report.write_summary(run)
+        report_html.write_html(run)
+    except OSError as error:
+        raise RunError(
+            f"{run}: summary.json and report.html cannot be written ({error.strerror}): mend its rights"
+        ) from None
 
 
 def job_step(step: str, run_dir: Path) -> int:

@@ -255,9 +255,13 @@ class RunLog:
         self.tracker.samples(int(step), rows)
 
     def rewind(self, step: int) -> None:
-        """Forgets what was logged after `step`: a run that resumes at a checkpoint logs those steps again."""
+        """Forgets what was logged after `step`: a run that resumes at a checkpoint logs those steps again.
+
+        Leaves a metrics.jsonl there in any case, for who follows it from the start.
+        """
         if not self.active:
             return
+        (self.run_dir / "metrics.jsonl").touch()
         for path in (self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"):
             if path.exists():
                 kept = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
