@@ -137,3 +137,18 @@ def test_what_is_left_of_a_group_is_ended_though_its_leader_is_gone(tmp_path):
     assert len(local.group_members(leader.pid)) == 1
     local.end_group(leader)
     assert local.group_members(leader.pid) == []
+
+
+def test_a_rank_that_a_signal_ended_is_the_reason_and_not_what_its_peers_lost():
+    lost = {"error": "RuntimeError: Connection reset by peer", "kind": "run"}
+    for code, who in ((-9, "the launcher of its ranks"), (247, "a rank")):
+        found = local.explained(lost, code)
+        assert (
+            found is not None
+            and found["error"].startswith(f"{who} was ended by SIGKILL")
+            and "reset by peer" in found["error"]
+        )
+        assert local.explained(None, code) is not None
+    assert local.explained(lost, 1) is lost and local.explained(None, 0) is None
+    refused = {"error": "data.path=x", "kind": "input"}
+    assert local.explained(refused, 241) is refused  # ended by the launcher when its peer refused

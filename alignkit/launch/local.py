@@ -92,7 +92,7 @@ class Local:
                 close_fds=False,  # it inherits the lock of the run folder, and so holds it where this process is killed
             )
             try:
-                return follow(progress, process, label, offset=seen)
+                return explained(follow(progress, process, label, offset=seen), process.returncode)
             except KeyboardInterrupt:
                 print("stopping: the ranks save what they can; Ctrl-C again ends them at once", flush=True)
                 interrupt_ranks(process.pid)
@@ -100,6 +100,20 @@ class Local:
                 raise
             finally:
                 end_group(process)
+
+
+def explained(error: dict | None, code: int) -> dict | None:
+    """The first error event, or what the exit code of DeepSpeed's launcher tells where a signal ended a rank, or it.
+
+    Its own end by a signal is -n, a rank's is handed on as 256 - n. What the rank's peers then say is of lost connections.
+    """
+    number = -code if code < 0 else 256 - code if 192 < code < 256 else 0
+    if number not in {item.value for item in signal.Signals} or (error and error["kind"] == "input"):
+        return error
+    who = "the launcher of its ranks" if code < 0 else "a rank"
+    why = " (kill -9, or the kernel for lack of memory: dmesg says)" if number == signal.SIGKILL else ""
+    peer = f"; another said {error['error']}" if error else ""
+    return {"error": f"{who} was ended by {signal.Signals(number).name}{why}{peer}", "kind": "run"}
 
 
 def end_group(leader: subprocess.Popen, patience: float = 30.0) -> None:
