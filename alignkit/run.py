@@ -30,8 +30,16 @@ def main() -> int:
     except Exception as error:  # from the first line on: what a rank does before its stage fails in words too
         return report(error, run_dir, rank)
     finally:
+        if rank == 0:
+            sweep(run_dir)
         assert not held.closed
     return 0
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what adapters lay in on their way to an engine. A stage that stops early or fails leaves by no other door."""
+    for left in run_dir.glob("sync-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def end_with_parent() -> None:
@@ -58,8 +66,7 @@ def work(stage: str, run_dir: Path, rank: int) -> None:
     if hasattr(cfg, "max_seconds"):  # a stage with checkpoints
         interrupt.process.listen(cfg.max_seconds)
     if rank == 0:
-        for left in run_dir.glob("sync-*"):  # of an attempt that was killed; this one makes its own after all ranks met
-            shutil.rmtree(left, ignore_errors=True)
+        sweep(run_dir)  # of an attempt that was killed; the ranks of this one make theirs after they have met
 
     import torch
 
