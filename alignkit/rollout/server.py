@@ -67,10 +67,15 @@ class Replica:
     log: Path | None = None
     process: subprocess.Popen | None = None
     loaded: set[str] = field(default_factory=set)  # the adapters it can answer with
+    lost: bool = False  # it broke off an answer; its engine may be gone while it still listens
 
     @property
     def dead(self) -> bool:
         return self.process is not None and self.process.poll() is not None
+
+    def holds(self, adapter: str | None) -> bool:
+        """Whether it can be asked to answer with that adapter; None: with the bare base, which every server holds."""
+        return not self.dead and not self.lost and (adapter is None or adapter in self.loaded)
 
     def last_words(self, lines: int = 12) -> str:
         """The end of its log."""
@@ -138,7 +143,9 @@ class ServerSampler:
         import httpx
 
         try:
-            return not replica.dead and self.http.get(f"{replica.url}/health", timeout=5).status_code == 200
+            well = not replica.dead and self.http.get(f"{replica.url}/health", timeout=5).status_code == 200
+            replica.lost = replica.lost and not well
+            return well
         except httpx.HTTPError:
             return False
 
@@ -148,7 +155,7 @@ class ServerSampler:
         Raises:
             RunError: none is left; with the last lines of a log.
         """
-        found = [r for r in self.replicas if not r.dead and (adapter is None or adapter in r.loaded)]
+        found = [r for r in self.replicas if r.holds(adapter)]
         if not found:
             raise RunError(
                 f"no rollout server is left of {len(self.replicas)}; the end of a log:\n{self.replicas[0].last_words()}"
@@ -167,7 +174,7 @@ class ServerSampler:
         """Where no server is left that holds `adapter` (None: the bare base, which all do): wait for one that is starting,
         and give it the adapter."""
         with self.lock:
-            if any((adapter is None or adapter in r.loaded) and not r.dead for r in self.replicas):
+            if any(r.holds(adapter) for r in self.replicas):
                 return
             deadline = time.monotonic() + self.sampling.start_timeout_s
             while time.monotonic() < deadline:
@@ -287,7 +294,7 @@ class ServerSampler:
             except ServerFailure as failure:
                 failures.append(str(failure))
                 if failure.gone:  # not asked again before it is healthy and has the adapter once more
-                    replica.loaded = set()
+                    replica.loaded, replica.lost = set(), True
                 self.context.note(f"rollout request {number} failed, attempt {attempt + 1}: {failure}")
                 time.sleep(0.5 * attempt)
         raise RunError(
