@@ -1,4 +1,4 @@
-"""Run folders: their layout, the manifest that says what is in them, who works in them, and what another stage may read.
+"""Run folders: their layout, the manifest that says what is in them, and what another stage may read.
 
     runs/<name>/<stage>/
         config.yaml  manifest.json  model/  checkpoints/  metrics.jsonl  samples.jsonl  logs/
@@ -9,19 +9,16 @@ A stage is finished when its manifest says `done`, whatever exit code its proces
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from alignkit.hashes import find_base, model_hash
 from alignkit.hashes import started_in as started_in
+from alignkit.lock import lock as lock
 from alignkit.log import write_atomic
 from alignkit.types import InputError, ModelSource
 
@@ -104,34 +101,6 @@ def git_commit() -> str | None:
         return (commit + ("+dirty" if git("status", "--porcelain", "-uno") else "")) or None
     except (OSError, subprocess.TimeoutExpired):
         return None
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process and the launcher it starts; the kernel lets go of it when they end, however they end.
-
-    Raises:
-        InputError: another process holds it, or it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error}): choose another runs_dir=, or mend its rights"
-        ) from None
-    with opened as file:
-        os.set_inheritable(file.fileno(), True)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise InputError(f"{folder} is in use by {holder}: wait for it, or choose another run_name=") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} or a launcher of its, since {time.strftime('%H:%M:%S')}")
-        file.flush()
-        yield
 
 
 def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> ModelSource:

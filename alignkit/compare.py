@@ -22,7 +22,7 @@ from alignkit.log import write_atomic
 from alignkit.progress import clock, short
 from alignkit.report import STAGES, RunFolder, between, fixed, number, signed
 from alignkit.report_html import draw, escape, figures, page, section
-from alignkit.types import InputError
+from alignkit.types import InputError, RunError
 
 SAID_ELSEWHERE = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "name")
 MANY = 11  # columns of a table that a terminal still holds
@@ -73,7 +73,8 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
         runs = _runs_in(path)
         if not runs:
             raise InputError(f"{path}: no run there; expected runs/<name>, runs/<name>/<stage> or a folder of runs")
-        found |= {run.path: run for run in runs}
+        for run in runs:
+            found.setdefault(run.path.absolute(), run)
     return list(found.values())
 
 
@@ -100,7 +101,11 @@ def show(runs: Sequence[Run], target: Path) -> None:
     console.print(_on_screen([lines[0], *([mark, *line[1:]] for mark, line in zip(marked, lines[1:], strict=True))]))
     for mark, run in zip(marked, runs, strict=True):
         console.print(Text(f"  {mark}  {run.path}"), soft_wrap=True)
-    write_atomic(target, _html(runs, marked))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, _html(runs, marked))
+    except OSError as error:
+        raise RunError(f"{target} cannot be written ({error.strerror}): give another page with -o") from None
     console.print(Text(f"  curves: {target}"), soft_wrap=True)
 
 
@@ -112,7 +117,10 @@ def free_page(folder: Path) -> Path:
 
 def common_folder(paths: Sequence[Path]) -> Path:
     """The folder that holds all of the runs."""
-    return Path(os.path.commonpath([path.parent for path in paths]))
+    parents = [path.parent for path in paths]
+    if any(parent.is_absolute() for parent in parents):
+        parents = [parent.absolute() for parent in parents]
+    return Path(os.path.commonpath(parents))
 
 
 # ------------------------------------------------------------------------------------------------------- settings

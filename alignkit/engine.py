@@ -7,12 +7,13 @@ and undoes DeepSpeed's mean over ranks, so neither the micro-batch size nor the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit import kernels
 from alignkit.ranges import num
 from alignkit.types import InputError, Loss, Metrics, RunError
 from alignkit.zero import ZeRO
@@ -115,36 +116,31 @@ class World:
         return {n: float(top[i] if n.endswith("_max") else means[i]) for i, n in enumerate(names)}
 
 
-def start() -> World:
-    """Join the process group that the launcher described in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+def start(note: Callable[[str], None] = print) -> World:
+    """Join the process group that the launcher described in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    `note`: tells the person who waits.
+    """
+    root = kernels.folder()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(root)  # before DeepSpeed is imported
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import get_default_build_root
 
-    remove_stale_locks(Path(get_default_build_root()))
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    if int(os.environ["WORLD_SIZE"]) == 1:  # nothing is reduced: its kernel is neither built nor waited for
+        deepspeed.ops.__compatible_ops__[kernels.SHARED_MEMORY] = False
+    kernels.remove_stale_locks(root)
+    with kernels.telling(root, note):
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     torch.distributed.barrier()  # every rank has opened the buffers of all: their names are not needed any more
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{local_rank}"):
         buffer.unlink(missing_ok=True)  # DeepSpeed leaves 64 MiB of memory a rank behind otherwise
     device = torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu")
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
-
-
-def remove_stale_locks(root: Path, older_than_s: float = 900.0) -> list[Path]:
-    """Remove the locks of builds that were killed: DeepSpeed's kernels are built on first use, and whoever finds the lock
-    of a build waits for its end, for ever if its process is gone. A build takes a minute or two."""
-    import time
-
-    stale = [p for p in root.glob("**/lock") if time.time() - p.stat().st_mtime > older_than_s]
-    for path in stale:
-        path.unlink(missing_ok=True)
-        print(f"removed {path}: a build that was killed had left it", flush=True)
-    return stale
 
 
 def stop() -> None:

@@ -15,6 +15,8 @@ import signal
 import time
 from typing import Any
 
+from alignkit.types import InputError
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 MARGIN = 30.0  # seconds before ALIGNKIT_DEADLINE that are left for the save itself
 
@@ -34,7 +36,7 @@ class Interrupt:
         if max_seconds:
             self.ends.append((now + max_seconds, f"max_seconds={max_seconds:g}"))
         if deadline := os.environ.get("ALIGNKIT_DEADLINE"):
-            self.ends.append((now + float(deadline) - time.time() - MARGIN, f"ALIGNKIT_DEADLINE={deadline}"))
+            self.ends.append((now + seconds(deadline) - time.time() - MARGIN, f"ALIGNKIT_DEADLINE={deadline}"))
         for signum in SIGNALS:
             signal.signal(signum, self.note)
 
@@ -57,6 +59,20 @@ class Interrupt:
         self.reason = self.reason or next(iter(near), None)
         asked = world.sum(torch.tensor([float(self.reason is not None)], device=world.device))
         return self.reason or ("another rank was asked to stop" if float(asked) else None)
+
+
+def seconds(deadline: str) -> float:
+    """ALIGNKIT_DEADLINE as unix seconds.
+
+    Raises:
+        InputError: it is no number.
+    """
+    try:
+        return float(deadline)
+    except ValueError:
+        raise InputError(
+            f"ALIGNKIT_DEADLINE={deadline}: expected a moment in unix seconds, as `date -d 12:00 +%s` prints it"
+        ) from None
 
 
 process = Interrupt()  # signals belong to the process

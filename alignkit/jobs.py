@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from alignkit import artifacts
+from alignkit import artifacts, lock
 from alignkit.launch import scheduler, slurm
 from alignkit.log import PROGRESS, read_jsonl
-from alignkit.types import InputError
+from alignkit.types import InputError, RunError
 
 SAVED = 75  # exit code: saved, to be started again
 WAS_DONE = 3  # exit code of `job begin`: the stage is done, there is nothing to run
@@ -31,7 +30,7 @@ class Standing:
     """Where a stage stands."""
 
     stage: str
-    status: str  # queued, running, saved, done, failed, cancelled
+    status: str  # queued, running, saved, done, failed, cancelled; not known: Slurm does not answer
     job: str = ""  # of Slurm
     detail: str = ""  # how far it is, what it waits for, or why it failed
 
@@ -62,6 +61,8 @@ def standing(manifest: dict[str, Any], job: scheduler.Job | None, held: bool, pr
         return Standing(stage, "saved" if status == "saved" else "queued", number, f"waits: {job.reason}{again}")
     if job.active:
         return Standing(stage, "running", number, f"on {job.nodes or '?'}: {progress or 'starting'}")
+    if job.state == scheduler.UNANSWERED:
+        return Standing(stage, "not known", number, f"{job.reason}; {progress}".rstrip("; "))
     if job.state == "CANCELLED":
         why = "the job before it did not end well" if job.reason.startswith("Dependency") else "by scancel"
         return Standing(stage, "cancelled", number, why + (f"; {progress}" if progress else ""))
@@ -77,7 +78,7 @@ def status(run: Path) -> list[Standing]:
     found = []
     for folder in folders:
         manifest = artifacts.read_manifest(folder) or {}
-        found.append(standing(manifest, known.get(records[folder] or ""), is_held(folder), last_progress(folder)))
+        found.append(standing(manifest, known.get(records[folder] or ""), lock.is_held(folder), last_progress(folder)))
     return found
 
 
@@ -100,19 +101,6 @@ def _order(stage: str) -> int:
     from alignkit.config import STAGES
 
     return list(STAGES).index(stage) if stage in STAGES else len(STAGES)
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process of this machine holds the folder's lock."""
-    path = folder / ".lock"
-    if not path.is_file():
-        return False
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def last_progress(folder: Path) -> str:
@@ -149,7 +137,8 @@ def show_logs(run: Path, *flags: str) -> None:
 
 
 def cancel(run: Path) -> None:
-    """alignkit cancel RUN: end its jobs, last ones first, and its processes on this machine."""
+    """alignkit cancel RUN: end its jobs, last ones first, and its processes on this machine: the ranks, which save what
+    they can, or where there are none yet the command that will start them."""
     ended = 0
     own = [folder for folder in stage_folders(run) if not folder.is_symlink()]  # the others are of other runs too
     known = scheduler.jobs(job for folder in own if (job := scheduler.read_record(folder)))
@@ -158,23 +147,40 @@ def cancel(run: Path) -> None:
         print(f"cancelled: {', '.join(f'job {job.id} ({job.state})' for job in active)}")
         ended += len(active)
     for folder in own:
-        holder = re.match(r"process (\d+)", (folder / ".lock").read_text()) if is_held(folder) else None
-        if holder:
-            os.kill(int(holder[1]), signal.SIGTERM)
-            print(f"told to end: process {holder[1]} ({folder})")
+        for pid in lock.workers(folder, lock.RANKS) or lock.workers(folder, lock.LOCK):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+                print(f"told to end: process {pid} ({folder})")
+                ended += 1
+        if not ended and lock.is_held(folder):
+            print(f"{folder} is held by {lock.holder(folder)}, which is not on this machine: cancel it there")
             ended += 1
+    if any(job.state == scheduler.UNANSWERED for job in known.values()):
+        raise RunError(f"{run}: what Slurm has of it is not cancelled: try again when it answers")
     if not ended:
         print(f"{run}: nothing of it is queued or running")
 
 
 def write_report(run: Path) -> None:
-    """alignkit report RUN: summary.json, report.html and the table of what there is."""
+    """alignkit report RUN: summary.json, report.html and the table of what there is.
+
+    Raises:
+        RunError: they cannot be written there; the table was printed.
+    """
     from alignkit import report, report_html
 
-    stage_folders(run)
-    report.write_summary(run)
-    report_html.write_html(run)
+    first = stage_folders(run)[0]
+    if first == run:  # a stage's folder, whose report.html is its own: the card of a reward model
+        print(f"{first} is a stage: the report is of the run that it belongs to")
+    run = Path(os.path.normpath(first)).parent
     report.print_summary(run)
+    try:
+        report.write_summary(run)
+        report_html.write_html(run)
+    except OSError as error:
+        raise RunError(
+            f"{run}: summary.json and report.html cannot be written ({error.strerror}): mend its rights"
+        ) from None
 
 
 def job_step(step: str, run_dir: Path) -> int:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.types import InputError, Rows, RunError
+from alignkit.types import InputError, Rows
 
 PROGRESS = "logs/progress.jsonl"  # below the run dir
 
@@ -71,8 +71,13 @@ def read_jsonl(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------- trackers
 
 
+REACHED_WITHIN = 30  # seconds that wandb's server has to answer
+
+
 class Tracker:
     """Where numbers go besides the files. This one keeps nothing."""
+
+    said = ""  # what a person should know of how it started
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         pass
@@ -119,8 +124,9 @@ class Wandb:
         id_file.parent.mkdir(parents=True, exist_ok=True)
         if not id_file.exists():
             write_atomic(id_file, secrets.token_hex(4))
-        try:
-            run = wandb.init(
+
+        def begin(mode: Any) -> Any:
+            return wandb.init(
                 project=self.project,
                 entity=self.entity,
                 mode=mode,
@@ -133,12 +139,22 @@ class Wandb:
                 tags=list(self.tags),
                 config=plain(config),
                 reinit="create_new",
-                settings=wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(console="off", silent=True, init_timeout=REACHED_WITHIN),
             )
-        except wandb.Error as error:
-            fix = "set logger.mode=offline or logger=none, or run `wandb login`"
-            raise RunError(f"wandb did not start in mode {mode}: {str(error).strip()}; {fix}") from error
-        return _WandbTracker(run)
+
+        try:
+            return _WandbTracker(begin(mode))
+        except (
+            wandb.Error
+        ) as error:  # no route to the server, no account: what was computed is worth more than its curve
+            write_atomic(id_file, secrets.token_hex(4))  # wandb keeps the other id for the attempt that failed
+            tracker = _WandbTracker(begin("offline"))
+            why = " ".join(str(error).split())[:200]
+            tracker.said = (
+                f"wandb did not start in mode {mode} ({why}): it logs offline, `wandb sync {run_dir}/wandb/offline-run-*` uploads "
+                "it later; `wandb login`, or logger.mode=offline, says it beforehand"
+            )
+            return tracker
 
 
 class _WandbTracker(Tracker):
@@ -212,6 +228,8 @@ class RunLog:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             run_name = str(config.get("run_name") or self.run_dir.absolute().parent.name)
             self.tracker = (logger or NoLogger()).start(self.run_dir, run_name, stage, config)
+            if self.tracker.said:
+                self.note(self.tracker.said)
 
     def __enter__(self) -> RunLog:
         return self
@@ -237,9 +255,13 @@ class RunLog:
         self.tracker.samples(int(step), rows)
 
     def rewind(self, step: int) -> None:
-        """Forgets what was logged after `step`: a run that resumes at a checkpoint logs those steps again."""
+        """Forgets what was logged after `step`: a run that resumes at a checkpoint logs those steps again.
+
+        Leaves a metrics.jsonl there in any case, for who follows it from the start.
+        """
         if not self.active:
             return
+        (self.run_dir / "metrics.jsonl").touch()
         for path in (self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"):
             if path.exists():
                 kept = [row for row in read_jsonl(path) if row.get("step", 0) <= step]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,19 +17,56 @@ from pathlib import Path
 
 def main() -> int:
     """The exit code: 0 done, 1 failed, 2 an input was refused, 75 asked to stop early and saved."""
+    end_with_parent()
+    stage, run_dir, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
+    from alignkit import lock
+    from alignkit.types import Saved
+
+    held = lock.hold(run_dir)  # open until this process ends
+    try:
+        work(stage, run_dir, rank)
+    except Saved:
+        return Saved.CODE
+    except Exception as error:  # from the first line on: what a rank does before its stage fails in words too
+        return report(error, run_dir, rank)
+    finally:
+        if rank == 0:
+            sweep(run_dir)
+        assert not held.closed
+    return 0
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what adapters lay in on their way to an engine. A stage that stops early or fails leaves by no other door."""
+    for left in run_dir.glob("sync-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this rank with the process that started it (Linux); it may have ended already."""
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # a rank ends with the process that started it (Linux)
-    stage, run_dir = sys.argv[1], Path(sys.argv[2])
-    rank = int(os.environ["RANK"])
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    launcher = os.environ.get("ALIGNKIT_LAUNCHER")  # set by launch/node.py
+    if launcher and os.getppid() != int(launcher):
+        os._exit(1)
 
+
+def work(stage: str, run_dir: Path, rank: int) -> None:
+    """Run the stage as one of its ranks; rank 0 writes the manifest.
+
+    Raises:
+        Saved: it was asked to stop and saved; the manifest says so.
+    """
     from alignkit import artifacts, config, engine, hashes, interrupt
     from alignkit.log import RunLog
-    from alignkit.types import InputError, Saved
+    from alignkit.types import Saved
 
     cfg = config.load(run_dir / "config.yaml", stage)
     if hasattr(cfg, "max_seconds"):  # a stage with checkpoints
         interrupt.process.listen(cfg.max_seconds)
+    if rank == 0:
+        sweep(run_dir)  # of an attempt that was killed; the ranks of this one make theirs after they have met
 
     import torch
 
@@ -36,8 +74,8 @@ def main() -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns in every process
     started = time.time()
     with RunLog(run_dir, stage, rank, cfg.logger, artifacts.plain_config(run_dir)) as log:
+        world = engine.start(log.note)
         try:
-            world = engine.start()
             metrics, facts = importlib.import_module(f"alignkit.stages.{stage}").main(cfg, world, log)
             peaks = world.gather(peak_mib())
         except Saved as saved:
@@ -46,22 +84,33 @@ def main() -> int:
                 log.note(str(saved))
                 log.close()
             world.barrier()  # the launcher ends the others when the first rank is gone
-            sys.stdout.flush()
-            os._exit(Saved.CODE)
-        except Exception as error:
-            kind = "input" if isinstance(error, InputError) else "run"
-            log.error(kind, f"{error}" if kind == "input" else f"{type(error).__name__}: {error}")
-            if rank == 0:
-                artifacts.write_manifest(run_dir, status="failed", error=f"{type(error).__name__}: {error}")
-            traceback.print_exc()
-            log.close()
-            sys.stderr.flush()
-            os._exit(2 if kind == "input" else 1)  # peers may hang in a collective: the launcher ends them
+            raise
         if rank == 0:
             facts = hashes.record(facts, run_dir, cfg.verify) | {"metrics": metrics, "peak_mib": peaks}
             artifacts.write_manifest(run_dir, **facts, seconds=round(time.time() - started, 1), status="done")
     engine.stop()
-    return 0
+
+
+def report(error: Exception, run_dir: Path, rank: int) -> int:
+    """Say why a rank stops, where the command reads it, and in the manifest; the exit code.
+
+    Where that cannot be written either, the disk being full, it stands in the log's last lines.
+    """
+    from alignkit import artifacts
+    from alignkit.log import PROGRESS, append_jsonl
+    from alignkit.types import InputError
+
+    kind = "input" if isinstance(error, InputError) else "run"
+    said = f"{error}" if kind == "input" else f"{type(error).__name__}: {error}"
+    traceback.print_exc()
+    try:
+        event = {"error": said, "kind": kind, "rank": rank, "time": round(time.time(), 3)}
+        append_jsonl(run_dir / PROGRESS, event)
+        if rank == 0:
+            artifacts.write_manifest(run_dir, status="failed", error=f"{type(error).__name__}: {error}")
+    except (OSError, InputError) as other:
+        print(f"and this could not be written down: {other}", file=sys.stderr)
+    return 2 if kind == "input" else 1
 
 
 def peak_mib() -> float:
@@ -75,7 +124,7 @@ def peak_mib() -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.flush()
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # engines leave threads behind that would hold the process
+    sys.stderr.flush()
+    os._exit(code)  # engines leave threads behind that would hold the process, and peers may hang in a collective

@@ -194,7 +194,7 @@ def test_a_dry_run_prints_config_and_command_and_leaves_nothing(work, name):
     assert len(commands) == len(stages)
     for stage, line in zip(stages, commands, strict=True):
         assert line.endswith(f"--module alignkit.run {stage} runs/new/{stage}")
-        assert "deepspeed.launcher.runner" in line and "--num_gpus 1" in line
+        assert "alignkit.launch.node" in line and "--num_gpus 1" in line
         shown = result.out.split(f"# {stage}\n", 1)[1].split("\n$ ", 1)[0]
         config = OmegaConf.create(shown)
         assert config.run_name == "new" and config.logger.name == "wandb" and "${" not in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 from test_cli import finished_run, invoke, write_model
 
 from alignkit import artifacts, jobs
+from alignkit.launch import scheduler
 from alignkit.launch.scheduler import Job, write_record
-from alignkit.types import InputError
+from alignkit.types import InputError, RunError
 
 
 def told(status: str, job: Job | None = None, held: bool = False, progress: str = "", **more) -> tuple[str, str]:
@@ -41,6 +43,11 @@ def told(status: str, job: Job | None = None, held: bool = False, progress: str 
         (("running", Job("7", "OUT_OF_MEMORY")), "failed", "OUT_OF_MEMORY"),
         (("saved", Job("7", "FAILED")), "saved", "FAILED"),
         (("running", Job("7", "UNKNOWN")), "failed", "Slurm does not know that job any more"),
+        (
+            ("running", Job("7", "UNANSWERED", "squeue: no route"), False, "PPO  1/3"),
+            "not known",
+            "squeue: no route; PPO  1/3",
+        ),
         (("done", Job("7", "COMPLETED")), "done", ""),
     ],
 )
@@ -87,7 +94,8 @@ def test_a_job_is_not_asked_for_where_there_is_no_slurm(run, monkeypatch):
     """On a machine without Slurm the manifests still speak."""
     write_record(run / "ppo", "7", [])
     monkeypatch.setenv("PATH", "")
-    assert jobs.status(run / "ppo")[0].detail.startswith("Slurm does not know that job any more; PPO  2/8")
+    found = jobs.status(run / "ppo")[0]
+    assert found.status == "not known" and "no squeue on this machine" in found.detail and "PPO  2/8" in found.detail
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel", "report"])
@@ -127,3 +135,45 @@ def test_the_error_of_this_attempt_and_not_of_the_one_before(tmp_path):
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now - 60))
     error = jobs.first_error(tmp_path, started)
     assert error is not None and error["error"] == "first"
+
+
+@pytest.fixture
+def silent(tmp_path, monkeypatch):
+    """Commands of a Slurm whose controller does not answer."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    words = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    for name in ("squeue", "sacct", "scancel", "sbatch", "scontrol"):
+        (folder / name).write_text(f"#!/bin/bash\n{words}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_controller_that_does_not_answer_says_nothing_of_a_job(run, silent):
+    write_record(run / "ppo", "7", [])
+    found = jobs.status(run / "ppo")[0]
+    assert found.status == "not known" and "Unable to contact slurm controller" in found.detail
+    with pytest.raises(RunError, match="whether job 7 still waits or runs is not known"):
+        scheduler.working_on(run / "ppo")  # what a new start asks: it moves nothing aside
+    with pytest.raises(RunError, match="whether job 7 still waits or runs"):
+        scheduler.check_after(["7"])
+    with pytest.raises(RunError, match="is not cancelled"):
+        jobs.cancel(run / "ppo")
+
+
+def test_the_report_of_a_stage_is_that_of_its_run(run, capsys):
+    (run / "reward" / "report.html").write_text("the card")
+    jobs.write_report(run / "reward")
+    assert (run / "reward" / "report.html").read_text() == "the card" and not (run / "reward" / "summary.json").exists()
+    assert (run / "report.html").is_file() and (run / "summary.json").is_file()
+    assert "is a stage" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_is_printed(run, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("alignkit.report.write_atomic", full)
+    with pytest.raises(RunError, match=r"cannot be written \(No space left"):
+        jobs.write_report(run)
+    assert "reward" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from alignkit.launch import ALLOCATOR
 from alignkit.log import PROGRESS
 from alignkit.progress import follow
 from alignkit.ranges import num
-from alignkit.types import InputError
+from alignkit.types import InputError, RunError
+
+GPUS = Path("/proc/driver/nvidia/gpus")  # where the driver lists this machine's
 
 
 @dataclass
@@ -32,12 +35,19 @@ class Local:
         """Raise InputError where a field makes no sense."""
         if self.num_ranks < 1:
             raise InputError(f"launcher.num_ranks={self.num_ranks}: expected 1 or more")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        count = len([name for name in visible.split(",") if name.strip()])
+        if GPUS.is_dir() and visible and count < self.num_ranks:
+            raise InputError(
+                f"launcher.num_ranks={self.num_ranks} with CUDA_VISIBLE_DEVICES={visible}, which names {count}: expected one "
+                "device a rank; lower launcher.num_ranks, or name more devices"
+            )
 
     def command(self, stage: str, run_dir: Path, port: int) -> list[str]:
         """The launch command: a pure function of its arguments and this config."""
         return [
-            *(sys.executable, "-m", "deepspeed.launcher.runner"),
-            *("--no_local_rank", "--num_gpus", str(self.num_ranks), "--master_port", str(port)),
+            *(sys.executable, "-m", "alignkit.launch.node"),
+            *("--num_gpus", str(self.num_ranks), "--master_port", str(port)),
             *("--module", "alignkit.run", stage, str(run_dir)),
         ]
 
@@ -82,16 +92,54 @@ class Local:
                 close_fds=False,  # it inherits the lock of the run folder, and so holds it where this process is killed
             )
             try:
-                return follow(progress, process, label, offset=seen)
+                return explained(follow(progress, process, label, offset=seen), process.returncode)
             except KeyboardInterrupt:
                 print("stopping: the ranks save what they can; Ctrl-C again ends them at once", flush=True)
                 interrupt_ranks(process.pid)
                 follow(progress, process, label, offset=progress.stat().st_size)
                 raise
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                end_group(process)
+
+
+def explained(error: dict | None, code: int) -> dict | None:
+    """The first error event, or what the exit code of DeepSpeed's launcher tells where a signal ended a rank, or it.
+
+    Its own end by a signal is -n, a rank's is handed on as 256 - n. What the rank's peers then say is of lost connections.
+    """
+    number = -code if code < 0 else 256 - code if 192 < code < 256 else 0
+    if number not in {item.value for item in signal.Signals} or (error and error["kind"] == "input"):
+        return error
+    who = "the launcher of its ranks" if code < 0 else "a rank"
+    why = " (kill -9, or the kernel for lack of memory: dmesg says)" if number == signal.SIGKILL else ""
+    peer = f"; another said {error['error']}" if error else ""
+    return {"error": f"{who} was ended by {signal.Signals(number).name}{why}{peer}", "kind": "run"}
+
+
+def end_group(leader: subprocess.Popen, patience: float = 30.0) -> None:
+    """Kill what is left of the group that a process leads, however it ended itself, and wait until nothing is.
+
+    Raises:
+        RunError: the kernel did not end them (processes stuck on a dead file system or device).
+    """
+    end = time.monotonic() + patience
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    while left := [pid for pid in group_members(leader.pid) if pid != leader.pid or leader.poll() is None]:
+        if time.monotonic() > end:
+            raise RunError(f"processes {left} hang in the kernel and do not end; `ps -o pid,stat,wchan` says where")
+        time.sleep(0.05)
+
+
+def group_members(group: int) -> list[int]:
+    """The processes of a group that have not ended; one that nobody waits for (a zombie) has."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, of = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
+            if int(of) == group and state not in "ZX":
+                found.append(int(path.parts[2]))
+    return found
 
 
 def interrupt_ranks(launcher: int) -> None:

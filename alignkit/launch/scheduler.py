@@ -15,6 +15,8 @@ from alignkit.types import InputError, RunError
 
 RECORD = "slurm.json"  # in the stage's folder: which job works on it
 ENDED_WELL = "COMPLETED"
+UNANSWERED = "UNANSWERED"
+FORGOTTEN = "Invalid job id"  # what squeue says of a job that the controller does not know
 FAILED = (
     *("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
     "UNKNOWN",
@@ -26,14 +28,14 @@ class Job:
     """A job as Slurm sees it now."""
 
     id: str
-    state: str  # PENDING, RUNNING, …; UNKNOWN: Slurm has forgotten it, or never knew
+    state: str  # PENDING, RUNNING, …; UNKNOWN: Slurm has forgotten it, or never knew; UNANSWERED: it does not answer
     reason: str = ""  # why it waits or ended
     nodes: str = ""
 
     @property
     def active(self) -> bool:
-        """Queued or at work."""
-        return self.state not in (ENDED_WELL, *FAILED)
+        """Queued or at work, as far as is known."""
+        return self.state not in (ENDED_WELL, UNANSWERED, *FAILED)
 
 
 def submit(script: str, *, after: Sequence[str] = (), how: str = "afterok", hold: bool = False) -> str:
@@ -58,14 +60,29 @@ def check_after(ids: Iterable[str]) -> None:
 
     Raises:
         InputError: Slurm does not know one, or it failed.
+        RunError: Slurm does not answer.
     """
     for job in jobs(ids).values():
+        answered(job, "launcher.after")
         if job.state in FAILED:
             known = "Slurm knows no such job" if job.state == "UNKNOWN" else f"that job is {job.state}"
             raise InputError(
                 f"launcher.after: {job.id}: {known}, so nothing can start after it; give the id of a job that waits, "
                 "runs or ended well"
             )
+
+
+def answered(job: Job, what: str) -> Job:
+    """The job, of which something is known.
+
+    Raises:
+        RunError: Slurm did not answer: the job may be at work, so nothing is done on the ground that it is not.
+    """
+    if job.state == UNANSWERED:
+        raise RunError(
+            f"{what}: whether job {job.id} still waits or runs is not known ({job.reason}): try again when it answers"
+        )
+    return job
 
 
 def release(job: str) -> None:
@@ -84,17 +101,25 @@ def cancel(ids: Sequence[str]) -> None:
 
 
 def jobs(ids: Iterable[str]) -> dict[str, Job]:
-    """{id: what has become of it}, from the controller, and of those it has forgotten from the accounting."""
-    found: dict[str, Job] = {}
-    wanted = list(dict.fromkeys(ids))
-    for job in wanted:  # one a call: squeue refuses a whole list where it knows the last id no more
-        lines = _lines("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N")
-        lines = lines or _lines("sacct", "-XnP", f"--jobs={job}", "--format=State,Reason,NodeList")
-        lines = lines or [f"{line}||" for line in _lines("sacct", "-cnP", f"--jobs={job}", "--format=State")]
-        state, reason, nodes = (lines[0] if lines else "UNKNOWN||").split("|")[:3]
-        reason = "" if reason in ("None", "NonZeroExitCode") else reason
-        found[job] = Job(job, state.split()[0].rstrip("+"), reason, nodes)  # "CANCELLED by 1000"
-    return found
+    """{id: what has become of it}, from the controller, and of those it has forgotten from the accounting.
+
+    That the controller does not answer is no word about a job: its state is then UNANSWERED.
+    """
+    return {job: _job(job) for job in dict.fromkeys(ids)}  # one a call: squeue refuses a whole list for its last id
+
+
+def _job(job: str) -> Job:
+    try:
+        lines = _slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N").splitlines()
+    except (InputError, RunError) as error:
+        if FORGOTTEN not in str(error):
+            return Job(job, UNANSWERED, str(error))
+        lines = []
+    lines = lines or _lines("sacct", "-XnP", f"--jobs={job}", "--format=State,Reason,NodeList")
+    lines = lines or [f"{line}||" for line in _lines("sacct", "-cnP", f"--jobs={job}", "--format=State")]
+    state, reason, nodes = (lines[0] if lines else "UNKNOWN||").split("|")[:3]
+    reason = "" if reason in ("None", "NonZeroExitCode") else reason
+    return Job(job, state.split()[0].rstrip("+"), reason, nodes)  # "CANCELLED by 1000"
 
 
 def write_record(run_dir: Path, job: str, after: Sequence[str]) -> None:
@@ -110,14 +135,21 @@ def read_record(run_dir: Path) -> str | None:
 
 
 def working_on(run_dir: Path) -> Job | None:
-    """The job that waits or runs for a stage's folder, or None."""
+    """The job that waits or runs for a stage's folder, or None.
+
+    Raises:
+        RunError: Slurm does not answer.
+    """
     job = read_record(run_dir)
-    found = jobs([job])[job] if job else None
-    return found if found and found.active else None
+    if job is None:
+        return None
+    fix = f"{run_dir} (if that job is surely gone, delete {run_dir / RECORD})"
+    found = answered(jobs([job])[job], fix)
+    return found if found.active else None
 
 
 def _lines(*command: str) -> list[str]:
-    """What a query prints; nothing where it is refused or not there."""
+    """What a query prints; nothing where it is refused or not there: of the accounting, which many clusters have not."""
     try:
         return _slurm(*command).splitlines()
     except (InputError, RunError):

@@ -67,10 +67,15 @@ class Replica:
     log: Path | None = None
     process: subprocess.Popen | None = None
     loaded: set[str] = field(default_factory=set)  # the adapters it can answer with
+    lost: bool = False  # it broke off an answer; its engine may be gone while it still listens
 
     @property
     def dead(self) -> bool:
         return self.process is not None and self.process.poll() is not None
+
+    def holds(self, adapter: str | None) -> bool:
+        """Whether it can be asked to answer with that adapter; None: with the bare base, which every server holds."""
+        return not self.dead and not self.lost and (adapter is None or adapter in self.loaded)
 
     def last_words(self, lines: int = 12) -> str:
         """The end of its log."""
@@ -138,7 +143,9 @@ class ServerSampler:
         import httpx
 
         try:
-            return not replica.dead and self.http.get(f"{replica.url}/health", timeout=5).status_code == 200
+            well = not replica.dead and self.http.get(f"{replica.url}/health", timeout=5).status_code == 200
+            replica.lost = replica.lost and not well
+            return well
         except httpx.HTTPError:
             return False
 
@@ -148,7 +155,7 @@ class ServerSampler:
         Raises:
             RunError: none is left; with the last lines of a log.
         """
-        found = [r for r in self.replicas if not r.dead and (adapter is None or adapter in r.loaded)]
+        found = [r for r in self.replicas if r.holds(adapter)]
         if not found:
             raise RunError(
                 f"no rollout server is left of {len(self.replicas)}; the end of a log:\n{self.replicas[0].last_words()}"
@@ -163,15 +170,18 @@ class ServerSampler:
                 self.context.note(f"rollout server {number} ended (code {code}): starting it again")
                 self.replicas[number] = self.launch(number)
 
-    def recover(self, adapter: str) -> None:
-        """Where no server is left that holds `adapter`: wait for one that is starting, and give it the adapter."""
+    def recover(self, adapter: str | None) -> None:
+        """Where no server is left that holds `adapter` (None: the bare base, which all do): wait for one that is starting,
+        and give it the adapter."""
         with self.lock:
-            if any(adapter in r.loaded and not r.dead for r in self.replicas):
+            if any(r.holds(adapter) for r in self.replicas):
                 return
             deadline = time.monotonic() + self.sampling.start_timeout_s
             while time.monotonic() < deadline:
                 self.revive()
                 for replica in filter(self.healthy, self.replicas):
+                    if adapter is None:
+                        return
                     with contextlib.suppress(ServerFailure):  # it may go at this very moment
                         return self.load(replica, adapter, self.folder / f"version_{adapter.split('-')[1]}")
                 if not any(r.process is not None and not r.dead for r in self.replicas):
@@ -276,8 +286,7 @@ class ServerSampler:
         failures: list[str] = []
         for attempt in range(self.sampling.retries + 1):
             adapter = None if body["model"] == "base" else body["model"]
-            if adapter is not None:
-                self.recover(adapter)
+            self.recover(adapter)
             servers = self.alive(adapter)
             replica = servers[(number + attempt) % len(servers)]
             try:
@@ -285,7 +294,7 @@ class ServerSampler:
             except ServerFailure as failure:
                 failures.append(str(failure))
                 if failure.gone:  # not asked again before it is healthy and has the adapter once more
-                    replica.loaded = set()
+                    replica.loaded, replica.lost = set(), True
                 self.context.note(f"rollout request {number} failed, attempt {attempt + 1}: {failure}")
                 time.sleep(0.5 * attempt)
         raise RunError(
@@ -370,6 +379,7 @@ def serve_command(config: Server, context: Context, host: str, port: int) -> lis
         *("--max-num-batched-tokens", str(max(context.max_model_len, 4096)), "--no-enable-chunked-prefill"),
         *("--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", str(rank)),
         *("--max-loras", str(1 + config.async_steps), "--max-cpu-loras", "3"),
+        *("--middleware", "alignkit.rollout.guard.KeyGuard"),
     ]
     if torch.cuda.is_available():
         command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]

@@ -50,7 +50,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
                 sampler = cfg.rollout.start(
                     rollout.Context.of(
                         cfg, source, tokenizer, max_sequences=len(batch.prompt_ids) * cfg.group_size, roles=roles,
-                        adapter_rank=rollout.stored_rank(cfg.rollout, sources.values()),
+                        adapter_rank=rollout.stored_rank(cfg.rollout, sources.values()), note=log.note,
                     )
                 )  # fmt: skip
             sampler.use(roles)

@@ -34,7 +34,7 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
         sampler = cfg.rollout.start(
             rollout.Context.of(
                 cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=roles,
-                adapter_rank=rollout.stored_rank(cfg.rollout, [source]),
+                adapter_rank=rollout.stored_rank(cfg.rollout, [source]), note=log.note,
             )
         )  # fmt: skip
         sampler.sync_weights(rollout.stored_policy(source, lambda: models.named_weights(hf)), version=1)
