@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit import loaded
 from alignkit.types import InputError, ModelSource
 
 if TYPE_CHECKING:
@@ -209,8 +210,12 @@ def load_head(source: ModelSource | Path) -> nn.Linear:
     """
     import torch
     from safetensors import safe_open
+    from safetensors.torch import load_file
 
     source = ModelSource(str(source)) if isinstance(source, Path) else source
+    folder = source.adapter or Path(source.base)
+    if (folder / HEAD_FILE).is_file():
+        loaded.check_head(load_file(folder / HEAD_FILE), folder)
     found = find(source)
     with safe_open(found.file, framework="pt") as file:
         weight = file.get_tensor(found.weight)

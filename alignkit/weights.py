@@ -29,7 +29,7 @@ SCORE = "score.weight"  # of a sequence classifier
 @dataclass(frozen=True)
 class Family:
     """The weights of one kind of model. A name stands for its `.weight`; with `!` there is a `.bias` too, with `?key` where
-    config.json sets that key, with `?key!` unless it unsets it. `more` may be there: names, or `*` for anything."""
+    config.json sets that key, with `?key!` unless it unsets it; with `@key` it is not there where that is unset. `more` may be there: names, or `*` for anything."""
 
     block: str
     around: str = "embed_tokens norm"  # of the trunk outside the blocks; the first is the embedding
@@ -102,9 +102,10 @@ FAMILIES: dict[str, Family] = {
         "embed_in final_layer_norm!", "gpt_neox.", head="embed_out",
     ),
     "opt": Family(
-        "self_attn_layer_norm! self_attn.q_proj?enable_bias! self_attn.k_proj?enable_bias! self_attn.v_proj?enable_bias! "
-        "self_attn.out_proj?enable_bias! fc1?enable_bias! fc2?enable_bias! final_layer_norm!",
-        "embed_tokens embed_positions", "model.decoder.", tied=True, more="*",
+        "self_attn_layer_norm!@layer_norm_elementwise_affine self_attn.q_proj?enable_bias! self_attn.k_proj?enable_bias! "
+        "self_attn.v_proj?enable_bias! self_attn.out_proj?enable_bias! fc1?enable_bias! fc2?enable_bias! "
+        "final_layer_norm!@layer_norm_elementwise_affine",
+        "embed_tokens embed_positions final_layer_norm!@do_layer_norm_before", "model.decoder.", tied=True, more="*",
     ),
 }  # fmt: skip
 
@@ -166,8 +167,9 @@ def _family(family: Family, config: dict[str, Any], names: Shapes, scores: bool)
     sizes = _sizes(config)
     for name, original in found.items():
         expected = _expected(name, around[0], head, sizes)
-        if expected is not None and None not in expected and names[original] != expected:
-            return f"{original} has shape {list(names[original])}, config.json says {list(expected)}"
+        shape = names[original]
+        if expected is not None and not _agrees(shape, expected):
+            return f"{original} has shape {list(shape)}, config.json says {list(expected)}"
     return None
 
 
@@ -175,6 +177,9 @@ def needed(spec: str, config: dict[str, Any]) -> list[str]:
     """The tensors that a `Family`'s words stand for."""
     found = []
     for word in spec.split():
+        word, _, only = word.partition("@")
+        if only and not config.get(only, True):
+            continue
         name, _, key = word.rstrip("!").partition("?")
         biased = config.get(key, word.endswith("!")) if key else word.endswith("!")
         found += [f"{name}.weight", *([f"{name}.bias"] if biased else [])]
@@ -191,7 +196,7 @@ def trunk_name(name: str, family: Family) -> str:
 
 
 def _allowed(family: Family) -> list[str]:
-    words = [re.split("[!?]", word)[0] for word in f"{family.block} {family.more.replace('*', '')}".split()]
+    words = [re.split("[!?@]", word)[0] for word in f"{family.block} {family.more.replace('*', '')}".split()]
     return [f"{word}.{kind}" for word in words for kind in ("weight", "bias")]
 
 
@@ -221,6 +226,10 @@ _LEAVES = {
     "q_proj": "qd", "k_proj": "kd", "v_proj": "kd", "o_proj": "dq", "gate_proj": "fd", "up_proj": "fd", "down_proj": "df",
     "gate_up_proj": "Fd", "input_layernorm": "d", "post_attention_layernorm": "d", "norm": "d", "ln_f": "d",
 }  # fmt: skip
+
+
+def _agrees(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(b in (None, a) for a, b in zip(shape, expected, strict=True))
 
 
 def _expected(

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check_config": {"config", "explain", "types"},
     "check_model": {"adapters", "artifacts", "chat", "score_heads", "types", "weights"},
     "check_reward": {"artifacts", "chat", "types"},
-    "score_heads": {"types"},
+    "score_heads": {"loaded", "types"},
     "adapters": {"types"},
     "ends": {"artifacts", "chat", "files", "types"},
     "hashes": {"demo", "types"},
