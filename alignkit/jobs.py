@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -87,6 +88,7 @@ def stage_folders(run: Path) -> list[Path]:
     Raises:
         InputError: there is no such run.
     """
+    artifacts.refuse_checkpoint(run, "status")
     for folder in (run, Path("runs") / run):
         found = [folder] if (folder / "manifest.json").is_file() else [p.parent for p in folder.glob("*/manifest.json")]
         if found:
@@ -141,7 +143,7 @@ def show_logs(run: Path, *flags: str) -> None:
     """alignkit logs RUN [-f] [-n LINES]: the newest log, as `tail` shows it."""
     logs = [path for folder in stage_folders(run) for path in (folder / "logs").glob("*.log")]
     if not logs:
-        raise InputError(f"{run}: no log yet; alignkit status {run} says what it waits for")
+        raise InputError(f"{run}: no log yet; alignkit status {shlex.quote(str(run))} says what it waits for")
     # A task of an array opens a log of Slurm's that stays empty.
     newest = max(logs, key=lambda path: (path.stat().st_size > 0, path.stat().st_mtime))
     print(f"==> {newest}", flush=True)
@@ -172,6 +174,9 @@ def write_report(run: Path) -> None:
     from alignkit import report, report_html
 
     stage_folders(run)
+    if (manifest := artifacts.read_manifest(run)) is not None:  # its own report.html, of a reward model, would be lost
+        whole = shlex.quote(str(run.absolute().parent))
+        raise InputError(f"{run} is the {manifest['stage']} stage of a run: give the run: alignkit report {whole}")
     report.write_summary(run)
     report_html.write_html(run)
     report.print_summary(run)
