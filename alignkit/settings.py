@@ -22,7 +22,9 @@ def computed_from(plain: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in plain.items() if key not in FREE}
     for name in ("data", "eval_data", "ptx"):
         kept[name] = _without_lint(kept[name]) if name in kept else None
-    if isinstance(kept.get("model"), dict) and kept["model"].get("template_date") is None:  # as before there was such a key
+    if (
+        isinstance(kept.get("model"), dict) and kept["model"].get("template_date") is None
+    ):  # as before there was such a key
         kept["model"] = {key: value for key, value in kept["model"].items() if key != "template_date"}
     return {key: value for key, value in kept.items() if key in plain}
 

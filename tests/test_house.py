@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"artifacts", "config", "engine", "hashes", "interrupt", "log", "stages", "types"},
     "stages": {
         *("algorithms", "artifacts", "batches", "checkpoint", "config", "data", "demo", "engine", "finetune"),
-        *("finite", "interrupt", "log", "models", "report_card", "report_card_html", "rewards", "rollout", "saving"),
+        *("finite", "hashes", "interrupt", "log", "models", "report_card", "report_card_html", "rewards", "rollout", "saving"),
         *("tokens", "types"),
     },
     "config": {

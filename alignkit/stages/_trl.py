@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from alignkit import artifacts, checkpoint, config, finite, interrupt, saving, tokens
+from alignkit import artifacts, checkpoint, config, finite, hashes, interrupt, saving, tokens
 from alignkit.config import TrainStage
 from alignkit.engine import World
 from alignkit.log import RunLog
@@ -255,7 +255,7 @@ def over_step(name: str, values: list[float], counts: list[int]) -> float:
 def link_model(folder: Path) -> None:
     """Let the model in the Trainer's checkpoint stand in `model/` too: the same files, not copies where links can be made."""
     (folder / "model").mkdir()
-    for path in [p for p in folder.iterdir() if p.suffix in artifacts.MODEL_FILES and p.name != "trainer_state.json"]:
+    for path in [p for p in folder.iterdir() if p.suffix in hashes.MODEL_FILES and p.name != "trainer_state.json"]:
         try:
             os.link(path, folder / "model" / path.name)
         except OSError:  # a file system without hard links

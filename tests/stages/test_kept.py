@@ -10,7 +10,7 @@ from jobs import manifest, run_many
 from safetensors.torch import load_file
 from test_zero import WHOLE, job
 
-from alignkit import artifacts, checkpoint
+from alignkit import artifacts, checkpoint, hashes
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_checkpoint_is_the_model_of_its_step(cell, kept):
     assert (source.run, source.adapter is None) == (folder, cell[1] == "full")
     for fact in ("base_model", "adapter", "tokenizer_hash", "data_hash", "stage"):
         assert manifest(folder)[fact] == manifest(end)[fact]
-    files = {path.name for path in (end / "model").iterdir() if path.suffix in artifacts.MODEL_FILES}
+    files = {path.name for path in (end / "model").iterdir() if path.suffix in hashes.MODEL_FILES}
     assert files <= {path.name for path in (folder / "model").iterdir()}
     for path in (end / "model").glob("*.safetensors"):
         ours, theirs = load_file(folder / "model" / path.name), load_file(path)
