@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> M
     """Where the weights and the tokenizer behind `path` are.
 
     Args:
-        path: a finished run of a stage, a model folder, an adapter folder, `demo:<name>` or a hub id.
+        path: a finished run of a stage, a checkpoint of one, a model folder, an adapter folder, `demo:<name>` or a hub id.
         key: the config key it was given as, for messages.
         weights: False: a model folder may hold its config.json alone.
 
@@ -124,6 +125,8 @@ def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> M
             f"{key}='': expected a model folder, a finished run such as runs/<name>/sft, or a hub id org/model"
         )
     folder = Path(path)
+    if is_checkpoint(folder):
+        _check_checkpoint(folder, key)
     if (folder / "manifest.json").is_file():
         manifest = finished(folder, key)
         model = folder / "model"
@@ -191,10 +194,73 @@ def finished(run_dir: Path, key: str) -> dict[str, Any]:
     if manifest is None or manifest.get("status") != "done":
         status = "missing" if manifest is None else manifest.get("status")
         stage = (manifest or {}).get("stage", run_dir.name)
+        whole = (run_dir / "config.yaml").is_file()
+        finish = f"resume {shlex.quote(str(run_dir))}" if whole else f"{stage} run_name={run_dir.parent.name} …"
+        kept = sorted(run_dir.glob("checkpoints/step_*/manifest.json"))
+        so_far = f", or take what it is so far: {shlex.quote(f'{key}={kept[-1].parent}')}" if kept else ""
         raise InputError(
-            f"{key}={run_dir}: that stage is {status}, not done; finish it first: alignkit {stage} run_name={run_dir.parent.name} …"
+            f"{key}={run_dir}: that stage is {status}, not done; finish it first: alignkit {finish}{so_far}"
         )
     return manifest
+
+
+DIGESTS = "digests.json"  # of a checkpoint: what `checkpoint.publish` writes last
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
+    return (folder / DIGESTS).is_file()
+
+
+def describe_checkpoint(folder: Path, run_dir: Path, stage: str, step: int, facts: dict[str, Any]) -> None:
+    """Give a checkpoint that holds the `model/` of a step the manifest of a finished stage.
+
+    Args:
+        facts: what `describe` says of the stage.
+    """
+    own = {
+        key: value for key, value in (read_manifest(run_dir) or {}).items() if key not in ("address", "plan", "saved")
+    }
+    made = {"stage": stage, "status": "done", "step": step, "metrics": {}, "model_hash": model_hash(folder / "model")}
+    write_manifest(folder, **own | facts | made)
+
+
+def refuse_checkpoint(path: Path, command: str) -> None:
+    """Refuse a checkpoint's folder where a run's is expected.
+
+    Raises:
+        InputError: naming the run it belongs to.
+    """
+    if is_checkpoint(path):
+        run = path.absolute().parent.parent
+        raise InputError(f"{path} is a checkpoint of {run}: give the run: alignkit {command} {shlex.quote(str(run))}")
+
+
+def _check_checkpoint(folder: Path, key: str) -> None:
+    """Refuse a checkpoint that is damaged, or that holds no model.
+
+    Raises:
+        InputError: naming what is wrong, and what to give instead.
+    """
+    run = folder.absolute().parent.parent
+    names = read_json(folder / DIGESTS, "give another checkpoint")
+    facts = read_json(folder / "manifest.json", "give another checkpoint") if "manifest.json" in names else {}
+    lost = next(
+        (name for name in names if name.startswith(("model/", "manifest")) and not (folder / name).is_file()), ""
+    )
+    if lost or (facts and model_hash(folder / "model") != facts.get("model_hash")):
+        fault = f"{lost} is missing" if lost else "model/ is not what was written"
+        others = [
+            p.parent.name for p in sorted(folder.parent.glob("step_*/manifest.json")) if p.parent.name != folder.name
+        ]
+        raise InputError(
+            f"{key}={folder}: that checkpoint is damaged ({fault}): give {' or '.join(others) or 'the finished run'} of {run}"
+        )
+    if not facts and not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise InputError(
+            f"{key}={folder}: that checkpoint holds no model, an earlier alignkit wrote it: finish the run, and give {run}: "
+            f"alignkit resume {shlex.quote(str(run))}"
+        )
 
 
 def check_hand_off(sources: dict[str, ModelSource]) -> None:
@@ -210,7 +276,7 @@ def check_hand_off(sources: dict[str, ModelSource]) -> None:
         if hashes[role] != hashes[first]:
             raise InputError(
                 f"{role}={run} was made with another tokenizer or chat template ({hashes[role]}) than {first}={runs[first]} "
-                f"({hashes[first]}): train it from the same model: alignkit {(read_manifest(run) or {})['stage']} model.path={runs[first]} …"
+                f"({hashes[first]}): train it from the same model: alignkit {(read_manifest(run) or {})['stage']} {shlex.quote(f'model.path={runs[first]}')} …"
             )
 
 

@@ -59,7 +59,9 @@ def check_file(path: Path, folder: Path, conf: Path) -> tuple[list[str], str | N
         tried = {command: [chosen] for command, cls in config.STAGES.items() if group in (*cls.groups, "reward")}
         tried = {c: o for c, o in tried.items() if group != "reward" or hasattr(config.STAGES[c](), "rewards")}
         missing = f"no group {group}: expected experiment, {', '.join(config.GROUPS)}"
-    errors = {command: refusal(command, overrides, folder, conf) for command, overrides in tried.items()}
+    errors = {command: refusal(command, words, folder, conf) for command, words in tried.items()}
+    if group == "experiment":
+        errors = {command: error or misread(command, path) for command, error in errors.items()}
     fits = [command for command, error in errors.items() if error is None]
     return fits, None if fits else next(iter(errors.values()), missing)
 
@@ -77,6 +79,17 @@ def commands_of(path: Path) -> list[str]:
     keys = {str(key) for key in loaded} - {"defaults"} if OmegaConf.is_dict(loaded) else set()
     lacks = {command: len(keys - set(cls.__dataclass_fields__)) for command, cls in config.STAGES.items()}
     return [command for command, count in lacks.items() if count == min(lacks.values())]
+
+
+def misread(command: str, path: Path) -> str | None:
+    """Which text of an experiment YAML reads as something else; None: none."""
+    from alignkit import overrides
+
+    try:
+        overrides.check_experiment(command, path)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def refusal(command: str, overrides: list[str], folder: Path, conf: Path) -> str | None:

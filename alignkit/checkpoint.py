@@ -5,6 +5,9 @@
     digests.json           SHA-256 of every other file; written last
     PPO:                   rank_0.safetensors (random generators of each rank), policy/ and critic/ (`Engine.save`)
     SFT and reward:        what transformers' Trainer writes
+    model/  manifest.json  config.yaml
+                           the model of that step as the stage's own `model/` would be, so that a checkpoint is taken as
+                           a model like a finished stage (`artifacts.describe_checkpoint`); those of older runs have none
 
 The name of a folder appears with a rename once all of it is on disk, so a kill while it is written leaves a `.partial` one.
 PPO's holds whole tensors, whatever the number of ranks and the ZeRO stage were, so another number of ranks goes on from it.
@@ -36,12 +39,13 @@ DIGESTS = "digests.json"
 
 def save(
     run_dir: Path, state: dict[str, Any], generators: dict[str, torch.Generator], engines: dict[str, Any], world: Any,
-    keep_last: int, keep_best: str | None = None,
+    keep_last: int, keep_best: str | None = None, write_model: Callable[[Path], None] = lambda folder: None,
 ) -> Path:  # fmt: skip
     """Write `checkpoints/step_<state["step"]>/` and remove those that are not kept. Called by every rank.
 
     Args:
         state: what goes into state.json; `merit` is the value of the metric of `keep_best`.
+        write_model: called by every rank with the folder, to put the model of this step there.
 
     Raises:
         RunError: it could not be written, the disk being full for instance; those before it are as they were.
@@ -57,6 +61,7 @@ def save(
             engine.save(partial / role)
         streams = {name: generator.get_state() for name, generator in generators.items()}
         save_file(streams | global_streams(), partial / f"rank_{world.rank}.safetensors")
+        write_model(partial)
         world.barrier()
         if world.rank == 0:
             state = state | {"world_size": world.size, "schedules": {r: e.update for r, e in engines.items()}}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import re
 import shlex
 import signal
 import sys
@@ -95,7 +95,8 @@ def _exit_codes() -> Iterator[None]:
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
     try:
-        yield
+        with _long_names_refused():
+            yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -104,6 +105,20 @@ def _exit_codes() -> Iterator[None]:
     except RunError as error:
         print(f"alignkit: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def _long_names_refused() -> Iterator[None]:
+    """A path that is too long for the file system is a refused input, wherever it is met first."""
+    from alignkit.types import InputError
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = f"{str(error.filename)[:60]}… ({len(os.fsencode(str(error.filename)))} bytes)"
+        raise InputError(f"{name}: too long for the file system: expected 255 bytes a name, 4095 a path") from None
 
 
 def _tool(command: str, arguments: list[str]) -> None:
@@ -143,31 +158,34 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from alignkit import config, pipeline, submit, sweep
+    from alignkit import config, overrides, pipeline, submit, sweep
     from alignkit.types import InputError, RunError, Saved
 
     config.register()
     arguments = sorted(arguments, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it at an end
-    sys.argv = [f"alignkit {command}", *arguments]
+    words = overrides.meant(command, arguments)
+    overrides.check_experiments(command, arguments, conf_dir())
+    sys.argv = [f"alignkit {command}", *words]
     if {"-h", "--help"} & set(arguments) and not any(a.startswith("--hydra-help") for a in arguments):
         try:
-            return print(command_help(command, [a for a in arguments if not a.startswith("-")]))
+            return print(command_help(command, [a for a in words if not a.startswith("-")]))
         except (HydraException, OmegaConfBaseException) as error:
-            _refuse(explain(error, command))
+            _refuse(explain(error, command, arguments))
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions come out here rather than be printed over many lines
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)
     def application(composed: Any) -> Any:
         try:
-            if action is not None:
-                return action(config.to_config(composed, command))
-            sweep.begin_job(composed, arguments)
-            cfg = config.to_config(composed, command)
-            accepted.append(True)
-            value = submit.run_command(cfg, queue)
-            done.extend([] if cfg.dry_run else [pipeline.folder(cfg)])
-            return value
+            with _long_names_refused():
+                if action is not None:
+                    return action(config.to_config(composed, command))
+                sweep.begin_job(composed, words)
+                cfg = config.to_config(composed, command)
+                accepted.append(True)
+                value = submit.run_command(cfg, queue)
+                done.extend([] if cfg.dry_run else [pipeline.folder(cfg)])
+                return value
         except (InputError, RunError, Saved) as error:
             if sweeping and isinstance(error, Saved):
                 raise  # the sweep was asked to stop, not this job alone
@@ -202,7 +220,7 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
     except Exception as error:  # Hydra refuses some command lines with a ValueError, a KeyError, …
         if show_traceback or (accepted and not isinstance(error, (HydraException, OmegaConfBaseException))):
             raise
-        _refuse(explain(error, command))
+        _refuse(explain(error, command, arguments))
 
 
 def _check(arguments: list[str]) -> None:
@@ -220,20 +238,23 @@ def _check(arguments: list[str]) -> None:
         raise SystemExit(code)
 
 
-def _compose(command: str, overrides: list[str]) -> Any:
+def _compose(command: str, words: list[str]) -> Any:
     """The config of a command as Hydra composes it, its refusals brought to one line."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from alignkit import overrides
+
+    overrides.check_experiments(command, words, conf_dir())
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose(command, overrides)
+            return compose(command, overrides.meant(command, words))
     except (HydraException, OmegaConfBaseException) as error:
-        _refuse(explain(error, command))
+        _refuse(explain(error, command, words))
 
 
-def command_help(command: str, overrides: list[str]) -> str:
+def command_help(command: str, words: list[str]) -> str:
     """What `alignkit COMMAND --help` says. Hydra's own help takes seconds: it copies every schema for every group."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -241,7 +262,7 @@ def command_help(command: str, overrides: list[str]) -> str:
     from alignkit import config
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose(command, overrides)
+        composed = compose(command, words)
     groups: dict[str, Any] = {group: config.components(group) for group in config.GROUPS}
     groups["experiment"] = {path.stem: path for path in (conf_dir() / "experiment").glob("*.yaml")}
     lines = "\n".join(f"  {group}: {', '.join(sorted(options))}" for group, options in groups.items() if options)
@@ -258,24 +279,25 @@ def conf_dir() -> Path:
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 
-def explain(error: Exception, command: str) -> str:
-    """A Hydra or OmegaConf error as one line that names the key and the nearest real one."""
+def explain(error: Exception, command: str, typed: list[str]) -> str:
+    """A Hydra or OmegaConf error as one line that names the key and the nearest real one. `typed`: the command's words."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import DictConfig, OmegaConf
 
-    from alignkit import config
+    from alignkit import config, overrides
     from alignkit.explain import nearest_key, one_line, unknown_key
 
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        return overrides.refusal(command, typed) or overrides.unreadable(key, value)
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = one_line(error).split(" Config search path:")[0]
     key = getattr(cause, "full_key", None) if "not in" in str(cause) else None
     key = key or unknown_key(str(error), str(cause))
-    if empty := re.search(r"Error parsing override '(.*?)'.* missing EQUAL", text):
-        return f"{empty[1]!r} has no value: write {empty[1]}=..."
     if "Config group override must be" in text:
         group = next(o.lstrip("+").split("=")[0] for o in sys.argv[1:] if o.lstrip("+").split("=")[0] in config.GROUPS)
         return f"{group}=null: expected an option, {group}=<{'|'.join(config.components(group))}>"

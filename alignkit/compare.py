@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from alignkit.artifacts import refuse_checkpoint
 from alignkit.log import write_atomic
 from alignkit.progress import clock, short
 from alignkit.report import STAGES, RunFolder, between, fixed, number, signed
@@ -79,6 +80,7 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _runs_in(path: Path) -> list[Run]:
+    refuse_checkpoint(path, "compare")
     if (path / "manifest.json").is_file():
         return [Run(path, (path.name,))]
     found = []

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from alignkit.data import Data, Kind, Ptx
 from alignkit.engine import Optimizer
-from alignkit.explain import divides, nearest_key, one_line, stray_keys
+from alignkit.explain import divides, nearest_key, one_line, stray_keys, texts
 from alignkit.finetune.critic import Critic
 from alignkit.models import Model
+from alignkit.names import check_length, check_run_name
 from alignkit.ranges import SEEDS, check_numbers, num
 from alignkit.rules import contradictions
+from alignkit.settings import computed_from
 from alignkit.types import InputError
 
 # Hydra group -> where its options are defined.
@@ -45,7 +47,7 @@ GROUPS = {
 class Stage:
     """What every stage is told."""
 
-    run_name: str = MISSING  # folder under runs_dir; letters, digits, "-", "_", "." and "/" between parts
+    run_name: str = MISSING  # folder under runs_dir: letters and digits of any language, "-_.=,", "/" between parts
     runs_dir: str = "runs"  # where run folders are made
     seed: int = num(0, ge=0, le=SEEDS)  # of data order, sampling, dropout and new weights
     dry_run: bool = False  # print the resolved config and the launch command, start nothing
@@ -72,11 +74,8 @@ class Stage:
         self.launcher.check()
         if not self.runs_dir:
             raise InputError("runs_dir='': expected a folder, as runs")
-        parts = self.run_name.split("/")
-        if any(part in ("", ".", "..") or set(part) - _NAME_LETTERS for part in parts):
-            raise InputError(
-                f"run_name={self.run_name!r}: use letters, digits, '-', '_', '.', '=' and '/' between parts"
-            )
+        check_run_name(self.run_name)
+        check_length(self.run_dir)
         self.deepspeed.check(self.model.dtype)
 
     def inputs(self) -> dict[str, str]:
@@ -86,9 +85,6 @@ class Stage:
     def row_sets(self) -> list[tuple[Data, Kind, str, int]]:
         """(data, kind, key of its longest row, that length in tokens) of all rows this stage reads."""
         return [(self.data, self.row_kind, "max_prompt_length", getattr(self, "max_prompt_length", 0))]
-
-
-_NAME_LETTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.=,")
 
 
 @dataclass
@@ -353,10 +349,17 @@ def to_config(composed: DictConfig, stage: str) -> Any:
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error).split("'")[-2]
         raise InputError(f"{key} is not set: add {key}=... to the command (or to your experiment file)") from None
+    except InterpolationResolutionError as error:
+        raise InputError(f"{one_line(error)}: ${{…}} refers to another key; rename what is called so") from None
     except OmegaConfBaseException as error:
         raise InputError(one_line(error)) from None
     if not isinstance(config, STAGES[stage]):
         raise InputError(f"not a {stage} config: its file must have {stage}_schema first in its defaults list")
+    for key, text in texts(OmegaConf.to_container(composed, resolve=True)):
+        if "${" in text:  # the saved config would be read as a reference
+            raise InputError(
+                f"{key}={text}: ${{ begins a reference to another key and can be no part of a text: rename it"
+            )
     if stray := stray_keys(composed):  # Hydra's "+" adds what no dataclass has a field for
         near = nearest_key(stray[0], OmegaConf.structured(config))
         raise InputError(f"no config key {stray[0]!r}{f': did you mean {near}?' if near else ''}")
@@ -378,8 +381,10 @@ def load(path: Path, stage: str) -> Any:
     raw = OmegaConf.load(path)
     try:
         whole = OmegaConf.merge(_schema(STAGES[stage], raw), raw)
-    except OmegaConfBaseException as error:
-        raise InputError(f"{path} was written by another version of alignkit: {one_line(error)}") from None
+    except (OmegaConfBaseException, KeyError, AttributeError) as error:  # a key, or a component, that is no more
+        what = one_line(error) if isinstance(error, OmegaConfBaseException) else f"no component {error}"
+        fix = "go on with it in that version (its manifest.json says which), or start anew under another run_name="
+        raise InputError(f"{path} was written by another version of alignkit: {what}: {fix}") from None
     return to_config(whole, stage)
 
 
@@ -396,17 +401,9 @@ def _schema(cls: Any, raw: Any) -> DictConfig:
 
 
 def config_hash(config: Any) -> str:
-    """16 hex digits of what the stage computes from: not the names of folders, nor how it is shown, launched, checked or
-    saved."""
+    """16 hex digits of what the stage computes from (`computed_from`)."""
     plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config), throw_on_missing=False)
-    elsewhere = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "verify", "launcher", "logger")
-    for key in (*elsewhere, "save_steps", "keep_last", "keep_best", "max_seconds"):
-        plain.pop(key, None)
-    if plain.get("model", {}).get("template_date") is None:  # as before there was such a key
-        plain.get("model", {}).pop("template_date", None)
-    for rows in (plain.get("data"), plain.get("eval_data"), plain.get("ptx", {}).get("data")):
-        (rows or {}).pop("lint", None)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(computed_from(plain), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _some_reward(config: Any) -> None:

@@ -25,9 +25,12 @@ def read(path: Path) -> tuple[Path, Run]:
     Raises:
         InputError: no PPO run there, or none that logged or said anything.
     """
+    artifacts.refuse_checkpoint(path, "doctor")
     folder = path / "ppo" if (path / "ppo").is_dir() else path
     if not (folder / "manifest.json").is_file() and not (folder / "metrics.jsonl").is_file():
-        raise InputError(f"{path}: no PPO run there; give its folder, as in alignkit doctor runs/<name>/ppo")
+        stages = sorted(found.parent.name for found in path.glob("*/manifest.json"))
+        there = f"it holds {', '.join(stages)}" if stages else "no run there"
+        raise InputError(f"{path}: no PPO run there ({there}); give its folder, as in alignkit doctor runs/<name>/ppo")
     manifest = artifacts.read_manifest(folder) or {}
     if manifest.get("stage", "ppo") != "ppo":
         raise InputError(f"{path}: a run of {manifest['stage']}; the doctor reads runs of ppo")

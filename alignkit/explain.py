@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -47,6 +48,15 @@ def stray_keys(node: Any, prefix: str = "") -> list[str]:
     known = {f.name for f in fields(cls)} if is_dataclass(cls) else set(node)
     inner = [stray_keys(node[key], f"{prefix}{key!s}.") for key in node if not OmegaConf.is_missing(node, key)]
     return [f"{prefix}{key!s}" for key in node if key not in known] + [name for part in inner for name in part]
+
+
+def texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in plain dictionaries and lists."""
+    below = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in below:
+        yield from texts(value, f"{key}.{name}".lstrip("."))
+    if isinstance(node, str):
+        yield key, node
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,7 @@ def stage_folders(run: Path) -> list[Path]:
     Raises:
         InputError: there is no such run.
     """
+    artifacts.refuse_checkpoint(run, "status")
     for folder in (run, Path("runs") / run):
         found = [folder] if (folder / "manifest.json").is_file() else [p.parent for p in folder.glob("*/manifest.json")]
         if found:
@@ -129,7 +131,7 @@ def show_logs(run: Path, *flags: str) -> None:
     """alignkit logs RUN [-f] [-n LINES]: the newest log, as `tail` shows it."""
     logs = [path for folder in stage_folders(run) for path in (folder / "logs").glob("*.log")]
     if not logs:
-        raise InputError(f"{run}: no log yet; alignkit status {run} says what it waits for")
+        raise InputError(f"{run}: no log yet; alignkit status {shlex.quote(str(run))} says what it waits for")
     # A task of an array opens a log of Slurm's that stays empty.
     newest = max(logs, key=lambda path: (path.stat().st_size > 0, path.stat().st_mtime))
     print(f"==> {newest}", flush=True)

@@ -49,6 +49,7 @@ def last_stage(run: Path) -> Path:
     Raises:
         InputError: there is none.
     """
+    artifacts.refuse_checkpoint(run, "lineage")
     stages = [run, *(run / stage for stage in reversed(config.STAGES))]
     found = next((folder for folder in stages if (folder / "manifest.json").is_file()), None)
     if found is None:

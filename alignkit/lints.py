@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator
@@ -241,7 +242,8 @@ def at_start(stage: str, sets: dict[str, tuple[Data, RowList]]) -> list[str]:
             held_out.check(placed, findings)
             if findings:
                 counts = ", ".join(f"{lint} {findings[lint].count:,}" for lint in LINTS if lint in findings)
-                line = f"{key}.path={node.path}: {counts}: see them with `alignkit check data {stage} {key}.path={node.path}`"
+                see = f"alignkit check data {stage} {shlex.quote(f'data.path={node.path}')}"
+                line = f"{key}.path={node.path}: {counts}: see them with `{see}`"
                 if node.lint == "strict":
                     raise InputError(f"{line}; {key}.lint=strict takes none")
                 said.append(line)

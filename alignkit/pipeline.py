@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Container
@@ -16,8 +17,10 @@ def folder(cfg: Any) -> Path:
     return Path(cfg.runs_dir) / cfg.run_name / ("" if cfg.stage == "pipeline" else cfg.stage)
 
 
-def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None = None) -> float | None:
+def run_stage(cfg: Any, label: str | None = None, prefix: str = "") -> float | None:
     """Check inputs, make the run folder, launch, wait for `done`.
+
+    `label`: of its progress; `prefix`: of its keys in messages: "ppo." in a pipeline.
 
     Raises:
         InputError: before anything is written.
@@ -31,9 +34,9 @@ def run_stage(cfg: Any, label: str | None = None, later: dict[str, str] | None =
     if cfg.dry_run:
         print_plan(cfg, full_config=True)
         return None
-    sources = check_inputs(cfg, later or {})
+    sources = check_inputs(cfg, {})
     origin = origin_of(cfg, sources)
-    manifest = previous(cfg, origin)
+    manifest = previous(cfg, origin, prefix)
     if manifest is not None and manifest["status"] == "done":
         print(f"{cfg.stage:<9} kept: {run_dir} is done with this config")
         return main_metric(manifest)
@@ -128,14 +131,15 @@ def conclude(run_dir: Path, error: dict | None, log: Path) -> dict[str, Any]:
     raise RunError(f"{run_dir.name} failed: {reason} (log: {log})")
 
 
-def previous(cfg: Any, origin: dict[str, Any]) -> dict[str, Any] | None:
+def previous(cfg: Any, origin: dict[str, Any], prefix: str = "") -> dict[str, Any] | None:
     """The manifest of what an earlier command left in the run folder, where this one may keep it or go on with it.
+
+    `prefix`: of the keys in a message: "ppo." in a pipeline.
 
     Raises:
         InputError: it is another's, a job of Slurm works on it, or `resume` is not set.
     """
-    from alignkit import artifacts, hashes
-    from alignkit.config import config_hash
+    from alignkit import artifacts, hashes, settings
     from alignkit.launch import scheduler
     from alignkit.types import InputError
 
@@ -148,9 +152,8 @@ def previous(cfg: Any, origin: dict[str, Any]) -> dict[str, Any] | None:
     manifest = artifacts.read_manifest(run_dir)
     if (job := scheduler.working_on(run_dir)) is not None:
         raise InputError(
-            f"{run_dir} is in use by Slurm job {job.id} ({job.state}): wait for it, or end it: alignkit cancel {run_dir}"
+            f"{run_dir} is in use by Slurm job {job.id} ({job.state}): wait for it, or end it: alignkit cancel {shlex.quote(str(run_dir))}"
         )
-    contents = origin["contents"]
     if manifest is None or (cfg.resume and manifest.get("address") == origin["address"]):
         if manifest is not None and manifest["status"] == "done":
             hashes.check_unchanged(run_dir, None, manifest, f"resume=true with {run_dir}", cfg.verify)
@@ -158,15 +161,8 @@ def previous(cfg: Any, origin: dict[str, Any]) -> dict[str, Any] | None:
     if not cfg.resume:
         more = ", or add resume=true" if manifest["status"] != "done" else ""
         raise InputError(f"{run_dir} exists (status {manifest['status']}): {fix}{more}")
-    before = manifest.get("contents", {})
-    stale = [key for key in contents if contents[key] != before.get(key)]
-    other = stale[0] if stale and manifest["config_hash"] == config_hash(cfg) else "config"
-    if manifest["status"] == "done":
-        raise InputError(f"{run_dir} is done, but with another {other}: {fix}")
-    if [*run_dir.glob("checkpoints/step_*[0-9]")]:
-        raise InputError(
-            f"{run_dir} has checkpoints of another {other}, which this one cannot go on from: use the same, or {fix}"
-        )
+    if manifest["status"] == "done" or [*run_dir.glob("checkpoints/step_*[0-9]")]:
+        raise InputError(settings.refusal(cfg, manifest, origin, prefix))
     return manifest
 
 
@@ -209,7 +205,7 @@ def run_pipeline(cfg: Any) -> float | None:
         save(cfg, root / "pipeline.yaml")  # for `alignkit resume`
         for number, stage in enumerate(stages, start=1):
             stage.resume = cfg.resume
-            run_stage(stage, f"[{number}/{len(stages)}] {stage.stage}")
+            run_stage(stage, f"[{number}/{len(stages)}] {stage.stage}", f"{stage.stage}.")
         report.write_summary(root)
         report_html.write_html(root)
         report.print_summary(root, next_commands=list(cfg.next_commands) or None)

@@ -43,6 +43,7 @@ def saved_config(run: Path) -> Any:
     Raises:
         InputError: no run there, or it was moved.
     """
+    artifacts.refuse_checkpoint(run, "resume")
     manifest = artifacts.read_manifest(run)
     file, command = (
         (run / "config.yaml", manifest["stage"]) if manifest is not None else (run / "pipeline.yaml", "pipeline")
@@ -57,7 +58,8 @@ def saved_config(run: Path) -> Any:
     place = artifacts.started_in(run, pipeline.folder(cfg))
     if place is None:
         raise InputError(
-            f"{run}: its {file.name} speaks of {pipeline.folder(cfg)}: move it back there to go on with it"
+            f"{run}: its {file.name} has runs_dir={cfg.runs_dir} run_name={cfg.run_name}, which is {pipeline.folder(cfg)}: "
+            "move it back there to go on with it"
         )
     os.chdir(place)
     cfg.resume, cfg.dry_run = True, False

@@ -4,6 +4,7 @@ sweep's runs one array for each stage in which they differ. No torch."""
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class Queue:
                     held.enter_context(sharing.turn(Path(cfg.runs_dir), plan, stage.stage, stage.run_dir))
                     self.turns.add(plan)
                     held.callback(self.turns.discard, plan)
-                if is_kept(stage, sources, made):
+                if is_kept(stage, sources, made, f"{stage.stage}." if len(stages) > 1 else ""):
                     continue
             made[str(stage.run_dir)], plans[str(stage.run_dir)] = stage.stage, plan
             if twin is not None:
@@ -160,7 +161,7 @@ class Queue:
             scheduler.cancel(jobs)  # the first ones are still held
             raise
         for root in self.runs:
-            print(f"\n  alignkit status {root}\n  alignkit logs {root}\n  alignkit cancel {root}")
+            print("".join(f"\n  alignkit {what} {shlex.quote(str(root))}" for what in ("status", "logs", "cancel")))
 
     def _write(self, scripts: dict[str, str]) -> None:
         """What the queued jobs find in their folders, and the links. `scripts`: {job: its script}."""
@@ -254,16 +255,17 @@ def _shared_job(stage: Any, plan: str) -> str | None:
     return job.id
 
 
-def is_kept(stage: Any, sources: dict[str, Any], made: dict[str, str]) -> bool:
+def is_kept(stage: Any, sources: dict[str, Any], made: dict[str, str], prefix: str) -> bool:
     """Whether there is nothing to run: the stage's folder holds it already, or another run that it may be shared with.
 
     Args:
         made: {run folder: stage} that a job before this one makes: what is made of those is not known yet.
+        prefix: of the stage's keys in messages.
     """
     paths = [*stage.inputs().values(), str(Path(stage.data.path).parent)]
     known = not any(path in made for path in paths)
     origin = pipeline.origin_of(stage, sources) if known else NOTHING_KNOWN
-    manifest = pipeline.previous(stage, origin)
+    manifest = pipeline.previous(stage, origin, prefix)
     if manifest is not None and manifest["status"] == "done" and known:
         print(f"{stage.stage:<9} kept: {stage.run_dir} is done with this config")
         return True

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkit.types import InputError
 
-LONGEST = 120  # letters of a job's folder; a longer one is called by the job's number
+LONGEST = 120  # bytes of a job's folder; a longer one is called by the job's number
 
 
 def job_name(run_name: str, arguments: Sequence[str], job: Sequence[str], params: Sequence[str], number: int) -> str:
@@ -29,11 +32,24 @@ def job_name(run_name: str, arguments: Sequence[str], job: Sequence[str], params
     own = [override for override in typed if override.key_or_group == "run_name"]
     if "run_name" in swept or any("${" in override.input_line for override in own):
         return run_name
-    parts = [override for override in job if override.partition("=")[0] in swept]
+    parts = [_plain(override) for override in job if override.partition("=")[0] in swept]
     if not parts:
         return run_name
-    name = re.sub(r"[^A-Za-z0-9\-_.=,]", "-", ",".join(part.lstrip("+~") for part in parts))
-    return f"{run_name}/{name if len(name) <= LONGEST else number}"
+    name = re.sub(r"[^\w\-.=,]", "-", unicodedata.normalize("NFC", ",".join(part.lstrip("+~") for part in parts)))
+    return f"{run_name}/{name if len(os.fsencode(name)) <= LONGEST else number}"
+
+
+def _plain(word: str) -> str:
+    """An override without the quotes around its value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import QuotedString
+    from hydra.errors import HydraException
+
+    try:
+        value = OverridesParser.create().parse_override(word)._value
+    except HydraException:  # of a sweeper that writes what Hydra's grammar does not
+        return word
+    return f"{word.partition('=')[0]}={value.text}" if isinstance(value, QuotedString) else word
 
 
 def begin_job(composed: Any, arguments: Sequence[str]) -> None:
@@ -69,7 +85,7 @@ def finish(runs: Sequence[Path], failed: int) -> None:
     found, folder = compare.find_runs(runs), compare.common_folder(runs)
     if any(compare.status(run) != "done" for run in found):
         return print(
-            f"\n{len(runs)} of {len(runs) + failed} jobs of the sweep are queued; later: alignkit compare {folder}"
+            f"\n{len(runs)} of {len(runs) + failed} jobs of the sweep are queued; later: alignkit compare {shlex.quote(str(folder))}"
         )
     print(f"\n{len(runs)} of {len(runs) + failed} jobs of the sweep are done")
     compare.show(found, compare.free_page(folder))

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from nets import ONE, TorchEngine
+from safetensors.torch import load_file
 from test_house import composed
 
-from alignkit import config, interrupt, saving
+from alignkit import artifacts, config, interrupt, saving
 from alignkit.finetune.lora import LoRA
 from alignkit.log import NoLogger, RunLog
 from alignkit.stages import ppo
@@ -96,6 +97,19 @@ def test_stopped_at_any_boundary_it_ends_as_if_it_had_not_been(work, tiny, monke
             run(work, tiny, f"stopped-{boundary}", boundary, monkeypatch)
         random.seed(6)  # another process
         assert end(run(work, tiny, f"stopped-{boundary}", None, monkeypatch)) == whole
+
+
+def test_a_checkpoint_holds_the_model_of_its_step(work, tiny, monkeypatch):
+    """The weights that the policy's engine has kept, as an adapter that is taken like a finished run's."""
+    with pytest.raises(Saved, match=f"saved at step 2 of {STEPS}"):
+        run(work, tiny, "kept", 4, monkeypatch)
+    kept = work / "kept" / "ppo" / "checkpoints" / "step_000002"
+    source = artifacts.resolve_model(str(kept))
+    assert (source.adapter, source.base, source.run) == (kept / "model", str(tiny), kept)
+    trained = torch.load(kept / "policy" / "state.pt", weights_only=False)[0]
+    saved = load_file(kept / "model" / "adapter_model.safetensors").values()
+    assert len(saved) == len(trained) > 0
+    assert sorted(float(t.double().sum()) for t in saved) == sorted(float(t.detach().double().sum()) for t in trained)
 
 
 def test_stopped_again_before_it_moved_it_keeps_the_checkpoint_it_has(work, tiny, monkeypatch):

@@ -8,8 +8,9 @@ a finished one is moved out of there with its digests, so a kill in mid-save lea
 from __future__ import annotations
 
 import math
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from alignkit import checkpoint, finite, interrupt, saving, tokens
+from alignkit import artifacts, checkpoint, config, finite, hashes, interrupt, saving, tokens
 from alignkit.config import TrainStage
 from alignkit.engine import World
 from alignkit.log import RunLog
@@ -131,8 +132,19 @@ class StopEarly(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def careful(cls: type, cfg: TrainStage, world: World, reporter: Reporter) -> type:
+def careful(
+    cls: type,
+    cfg: TrainStage,
+    world: World,
+    reporter: Reporter,
+    facts: dict[str, Any],
+    complete: Callable[[Any, Path], None] = lambda model, folder: None,
+) -> type:
     """TRL's trainer `cls` with three things more, for which it has no callback.
+
+    Args:
+        facts: `artifacts.describe` of the stage, for the checkpoints' manifests.
+        complete: called by every rank with the model and the folder of a model that is written: what TRL leaves out.
 
     A step counts every row once: the rows that fill up the last batch of an epoch for the other ranks are taken out, the
     loss is divided by what the whole step counts (tokens, or pairs) over all ranks, and so are the metrics beside it.
@@ -199,10 +211,16 @@ def careful(cls: type, cfg: TrainStage, world: World, reporter: Reporter) -> typ
             with checkpoint.intact(final, partial):
                 super()._save_checkpoint(*args)
                 world.barrier()  # every rank has written its files
+                written = partial / f"checkpoint-{step}"
                 if world.rank == 0:
+                    link_model(written)
+                complete(self.model, written / "model")
+                if world.rank == 0:
+                    config.save(cfg, written / "config.yaml")
+                    artifacts.describe_checkpoint(written, cfg.run_dir, cfg.stage, step, facts)
                     state = {"step": step, "tokens": self._total_train_tokens, "world_size": world.size}
                     state["merit"] = checkpoint.merit(reporter.latest, cfg.keep_best)
-                    checkpoint.publish(partial / f"checkpoint-{step}", final, state, cfg.keep_last, cfg.keep_best)
+                    checkpoint.publish(written, final, state, cfg.keep_last, cfg.keep_best)
             world.barrier()
 
     return Careful
@@ -232,6 +250,16 @@ def over_step(name: str, values: list[float], counts: list[int]) -> float:
     if name.startswith(("min_", "max_")):
         return (min if name.startswith("min_") else max)(values)
     return sum(value * count for value, count in zip(values, counts, strict=True)) / max(sum(counts), 1)
+
+
+def link_model(folder: Path) -> None:
+    """Let the model in the Trainer's checkpoint stand in `model/` too: the same files, not copies where links can be made."""
+    (folder / "model").mkdir()
+    for path in [p for p in folder.iterdir() if p.suffix in hashes.MODEL_FILES and p.name != "trainer_state.json"]:
+        try:
+            os.link(path, folder / "model" / path.name)
+        except OSError:  # a file system without hard links
+            shutil.copy(path, folder / "model" / path.name)
 
 
 class Reporter(TrainerCallback):

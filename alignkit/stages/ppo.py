@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignkit import artifacts, batches, checkpoint, data, finite, interrupt, models, saving, tokens
+from alignkit import artifacts, batches, checkpoint, config, data, finite, interrupt, models, saving, tokens
 from alignkit.algorithms.base import cut_pays
 from alignkit.config import PPO
 from alignkit.engine import Engine, World, gathered, recomputed
@@ -61,6 +61,20 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             if (parameters := cfg.finetune.parameters(roles, role))
         }  # fmt: skip
 
+    facts = artifacts.describe(
+        source,
+        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
+        data_hash=data.fingerprint(rows),
+        adapter=None,
+        nf4=cfg.finetune.nf4,
+    )
+
+    def write_weights(folder: Path) -> None:
+        with gathered(roles.model("policy")):
+            if world.rank == 0:
+                tokens.name_ends(roles.model("policy"), tokenizer)
+                cfg.finetune.save(roles, folder / "model")
+
     state, shuffle = algorithm.start(), torch.Generator().manual_seed(cfg.seed)
     first, version, merit, told = 0, 1, None, None
     if (found := checkpoint.newest(cfg.run_dir, log.note)) is not None:
@@ -112,7 +126,17 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     def save(step: int) -> None:  # the one that comes next
         progress = {"step": step, "version": version, "order": cursor, "algorithm": state.state_dict(), "merit": merit}
         progress |= {"ptx": ptx.order.state_dict()} if ptx is not None else {}
-        checkpoint.save(cfg.run_dir, progress, {"shuffle": shuffle}, engines, world, cfg.keep_last, cfg.keep_best)
+
+        def write(folder: Path) -> None:
+            write_weights(folder)
+            if world.rank == 0:
+                tokens.save_tokenizer(tokenizer, folder / "model")
+                adapter = (folder / "model" / "adapter_config.json").is_file()
+                config.save(cfg, folder / "config.yaml")
+                artifacts.describe_checkpoint(folder, cfg.run_dir, cfg.stage, step, facts | {"adapter": adapter})
+
+        kept = (cfg.keep_last, cfg.keep_best)
+        checkpoint.save(cfg.run_dir, progress, {"shuffle": shuffle}, engines, world, *kept, write)
 
     def stop_if_asked(step: int) -> None:
         if (reason := interrupt.process.due(world)) is not None:
@@ -204,22 +228,14 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             )
 
     # 11. The model for the next stage.
-    with saving.weights(cfg.run_dir / "model"), gathered(roles.model("policy")):
-        if world.rank == 0:
-            tokens.name_ends(roles.model("policy"), tokenizer)
-            cfg.finetune.save(roles, cfg.run_dir / "model")
+    with saving.weights(cfg.run_dir / "model"):
+        write_weights(cfg.run_dir)
     with saving.beside(cfg.run_dir / "model"):
         if world.rank == 0:
             tokens.save_tokenizer(tokenizer, cfg.run_dir / "model")
         sampler.close()
     log.note(clock.describe())
-    facts = artifacts.describe(
-        source,
-        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
-        data_hash=data.fingerprint(rows),
-        adapter=(cfg.run_dir / "model" / "adapter_config.json").is_file(),
-        nf4=cfg.finetune.nf4,
-    )
+    facts["adapter"] = (cfg.run_dir / "model" / "adapter_config.json").is_file()
     return numbers | {"steps": cfg.steps}, facts
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from trl import RewardConfig, RewardTrainer
@@ -42,7 +44,19 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         hf = models.adapt_for_scores(hf, peft_config, source.adapter)
     names = {name: f"reward_model/{name}" for name in ("loss", "accuracy", "learning_rate")}
     reporter = _trl.Reporter(log, names, ("reward_model/loss", "reward_model/accuracy"))
-    trainer = _trl.careful(PairTrainer, cfg, world, reporter)(
+    facts = artifacts.describe(
+        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows),
+        adapter=peft_config is not None, nf4=cfg.finetune.nf4,
+    )  # fmt: skip
+
+    def complete(model: Any, folder: Path, mean: float = 0.0, std: float = 1.0, normalize: str = "none") -> None:
+        """Write the head, and the ids that the model was trained on."""
+        with gathered(_head_of(model)):
+            if world.rank == 0:
+                models.save_head(normalised_head(model, mean, std, normalize), folder)
+                _identity.write(rows, tokenizer, folder)
+
+    trainer = _trl.careful(PairTrainer, cfg, world, reporter, facts, complete)(
         model=hf,
         args=_trl.arguments(
             RewardConfig, cfg, world, max_length=None, center_rewards_coefficient=cfg.center_coef, disable_dropout=True
@@ -69,11 +83,9 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         check_finite(chosen, rejected, cfg)
         mean, std = float(torch.cat([chosen, rejected]).mean()), float(torch.cat([chosen, rejected]).std(correction=0))
         metrics |= {"score_mean": mean, "score_std": std}
-        with gathered(_head_of(trainer.model)):
-            if world.rank == 0:
-                tokens.save_tokenizer(tokenizer, model_dir)
-                models.save_head(normalised_head(trainer.model, mean, std, cfg.normalize), model_dir)
-                _identity.write(rows, tokenizer, model_dir)
+        if world.rank == 0:
+            tokens.save_tokenizer(tokenizer, model_dir)
+        complete(trainer.model, model_dir, mean, std, cfg.normalize)
         if evaluation is not None:
             metrics |= accuracy_metrics(chosen, rejected)
             _card.write(cfg, (chosen, rejected), held_out, tokenizer, score, world, log)

@@ -38,7 +38,14 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         add_noise(hf, cfg.neftune_noise_alpha)
     names = {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}
     reporter = _trl.Reporter(log, names, ("policy/loss",))
-    trainer = _trl.careful(SFTTrainer, cfg, world, reporter)(
+    facts = artifacts.describe(
+        source,
+        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
+        data_hash=data.fingerprint(rows),
+        adapter=source.adapter is not None or peft_config is not None,
+        nf4=cfg.finetune.nf4,
+    )
+    trainer = _trl.careful(SFTTrainer, cfg, world, reporter, facts)(
         model=hf,
         args=_trl.arguments(
             SFTConfig,
