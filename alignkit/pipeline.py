@@ -6,10 +6,12 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Container
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from alignkit.inputs import check_inputs as check_inputs
+from alignkit.inputs import check_later as check_later
 
 
 def folder(cfg: Any) -> Path:
@@ -241,181 +243,6 @@ def print_plan(cfg: Any, options: Any = None, full_config: bool = False) -> None
         print("" if full_config else plan.launch_line(stage) + "\n")
 
 
-def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bool = True) -> dict[str, Any]:
-    """Resolve the models and runs a stage reads and validate its rows, without torch.
-
-    Args:
-        later: {run folder: stage} of runs that an earlier stage of the same pipeline will make.
-        tell: print what the lints found in the rows.
-        weights: False: a model folder may lack them.
-
-    Returns:
-        {role: ModelSource} of those that exist now.
-    """
-    from alignkit import artifacts, check_reward, hashes, lints
-    from alignkit.chat import check_fits, template_of
-    from alignkit.check_model import check_source
-    from alignkit.rules import model_contradictions
-    from alignkit.types import InputError
-
-    sources: dict[str, Any] = {}
-    for role, path in cfg.inputs().items():
-        if path not in later:
-            key = f"{role}.path" if role.startswith("rewards.") or "." not in role else role
-            source = sources[role] = artifacts.resolve_model(path, key, weights)
-            stage = (artifacts.read_manifest(source.run) or {}).get("stage") if source.run else None
-            if role.startswith("rewards.") and stage not in (None, "reward"):
-                raise InputError(
-                    f"{key}={path}: a run of {stage}, which has no score; expected one of reward, as runs/<name>/reward"
-                )
-            if not weights:  # a plan needs no more than config.json
-                continue
-            if source.run is not None:
-                base = source.base if source.adapter is not None else None
-                made = artifacts.read_manifest(source.run) or {}
-                hashes.check_unchanged(source.run, base, made, f"{key}={path}", cfg.verify)
-            scores = role.startswith("rewards.")
-            facts = check_source(source, f"{key}={path}", cfg.model.chat_template, scores=scores)
-            for line in model_contradictions(cfg, facts, f"{key}={path}", scores):
-                raise InputError(line)
-    if cfg.stage == "ppo":
-        for name, reward in cfg.rewards.items():
-            run = sources[f"rewards.{name}"].run if f"rewards.{name}" in sources else None
-            if run is not None and hasattr(reward, "check_accuracy"):
-                reward.check_accuracy((artifacts.read_manifest(run) or {})["metrics"], f"rewards.{name}")
-    artifacts.check_hand_off(sources)
-    _check_adapters(cfg, sources)
-    # The model whose tokenizer the stage will use.
-    speaks = sources.get(f"policies.{getattr(cfg, 'reference', '')}") or next(iter(sources.values()), None)
-    said = _template(cfg, speaks, sources) if weights else []
-    policy = next((source for role, source in sources.items() if not role.startswith("rewards.")), None)
-    for role, source in sources.items() if weights else ():
-        if role.startswith("rewards.") and policy is not None:
-            key = f"{role}.path={cfg.inputs()[role]}"
-            said += check_reward.check_tokens(policy, source, key, cfg.model)
-    for role, source in sources.items() if hasattr(cfg, "finetune") else ():
-        if not role.startswith("rewards."):
-            cfg.finetune.check_start(source)
-            continue
-        cfg.finetune.check_reward(source, policy)
-        if cfg.algorithm.needs_critic:
-            said += cfg.critic.check_reward(cfg.finetune, source, policy)
-    functions = [(name, r, r.adapted()[1]) for name, r in getattr(cfg, "rewards", {}).items() if hasattr(r, "adapted")]
-    read = {}
-    for data, kind, name, limit in cfg.row_sets():
-        if (data.path or data is cfg.data) and not any(data.path.startswith(f"{folder}/") for folder in later):
-            rows = data.rows(kind)
-            for reward, function, form in functions if data is cfg.data else ():
-                function.check_rows(rows, form, f"rewards.{reward}")
-            if speaks is not None and weights and Path(speaks.tokenizer).is_dir():
-                folder = Path(speaks.tokenizer)
-                template = template_of(folder, cfg.model.chat_template, cfg.model.template_date)
-                check_fits(rows, limit, name, folder, template)
-                said += _changes(cfg.stage, data, rows, template)
-            if key := {id(cfg.data): "data", id(getattr(cfg, "eval_data", None)): "eval_data"}.get(id(data)):
-                read[key] = (data, rows)
-    for line in said + lints.at_start(cfg.stage, read):
-        if tell:
-            print(f"{cfg.stage:<9} {line}")
-    return sources
-
-
-def _template(cfg: Any, speaks: Any, sources: dict[str, Any]) -> list[str]:
-    """Set `model.template_date` where a template asks for one; what there is to say of the model's template and ends."""
-    from alignkit import artifacts, ends
-    from alignkit.chat import date_to_tell
-
-    if speaks is None or not Path(speaks.tokenizer).is_dir():
-        return []
-    folders = [Path(source.tokenizer) for source in (speaks, *sources.values()) if Path(source.tokenizer).is_dir()]
-    kept = artifacts.plain_config(cfg.run_dir) if (cfg.run_dir / "config.yaml").is_file() else {}
-    model = cfg.model
-    before = kept.get("model", {}).get("template_date")
-    model.template_date = date_to_tell(folders, model.chat_template, model.template_date, before)
-    lines = ends.of_folders(Path(speaks.tokenizer), Path(speaks.base), model.chat_template, model.template_date)
-    told = f"the chat template is told the date {model.template_date}"
-    return [*([told] if model.template_date else []), *lines]
-
-
-def _changes(stage: str, data: Any, rows: Any, template: Any) -> list[str]:
-    """What the chat template drops or changes in the prompts of a set, in one line.
-
-    Raises:
-        InputError: something, and the set is strict; or the template refuses a row.
-    """
-    from alignkit.chat import changes
-    from alignkit.types import InputError
-
-    found = changes(template, rows) if template is not None and data.lint != "off" else []
-    if not found:
-        return []
-    line = f"{data.path}: the chat template {'; '.join(found)}: see them with `alignkit check data {stage} …`"
-    if data.lint == "strict":
-        raise InputError(f"{line}; lint=strict takes none")
-    return [line]
-
-
-def check_later(stages: list[Any], making: Container[str] = ()) -> None:
-    """Each stage of a pipeline against the config.json of the model that those before it start from.
-
-    Args:
-        making: run folders that jobs of others will make: what is in those is not known yet.
-
-    Raises:
-        InputError: a later stage cannot use that model; said before the first one takes its minutes.
-    """
-    from alignkit import artifacts
-    from alignkit.rules import model_contradictions
-    from alignkit.types import InputError
-
-    origins: dict[str, tuple[dict[str, Any], str]] = {}  # model or run folder -> (config.json, how it was given)
-    for stage in stages:
-        found = []
-        for role, path in stage.inputs().items():
-            if role.startswith("rewards.") or (path in making and path not in origins):
-                continue
-            if path not in origins:
-                key = f"{role}.path" if "." not in role else role
-                base = Path(artifacts.resolve_model(path, key, weights=False).base)
-                file = base / "config.json"
-                origins[path] = (artifacts.read_json(file, key) if file.is_file() else {}, f"{key}={path}")
-            found.append(origins[path])
-        for facts, given in found:
-            for line in model_contradictions(stage, facts, given):
-                raise InputError(line)
-        if found:
-            origins[str(stage.run_dir)] = found[0]
-
-
-def _check_adapters(cfg: Any, sources: dict[str, Any]) -> None:
-    """Refuse adapters that no policy can be made of; where an engine is only sent adapters, a policy without one, and policies
-    with several bases."""
-    from alignkit import adapters
-    from alignkit.types import InputError
-
-    policies = {role: source for role, source in sources.items() if not role.startswith("rewards.")}
-    if cfg.stage not in ("sample", "evaluate"):  # PPO's is made by its finetune
-        return
-    for role, source in policies.items():
-        if source.adapter is not None:
-            saved = adapters.read_config(source.adapter)
-            adapters.check_merged(source, saved, f"{role}={cfg.inputs()[role]}", cfg.rollout.adapters_only)
-    if len(policies) < sum(not role.startswith("rewards.") for role in cfg.inputs()):  # others are still to come
-        return
-    if getattr(cfg.rollout, "payload", "") == "adapter" and not any(source.adapter for source in policies.values()):
-        given = " ".join(f"{role}={source.base}" for role, source in policies.items())
-        raise InputError(f"rollout.payload=adapter with {given}: no adapter there; use rollout.payload=merged or auto")
-    if cfg.rollout.adapters_only:
-        bases = {role: str(Path(source.base).resolve()) for role, source in policies.items()}
-        first = next(iter(bases), "")
-        for role, base in bases.items():
-            if base != bases[first]:
-                raise InputError(
-                    f"rollout={cfg.rollout.name} with {first} on {bases[first]} and {role} on {base}: an engine that is "
-                    "sent adapters holds one base; use rollout=vllm with rollout.payload=merged"
-                )
-
-
 def describe(cfg: Any, script: str | None = None) -> str:
     """The resolved config of a stage and the command, or the batch script, that would start it."""
     from omegaconf import OmegaConf
@@ -447,7 +274,7 @@ def _set_aside(run_dir: Path, keep: tuple[str, ...]) -> None:
     target = run_dir / f"attempt_{number}"
     target.mkdir()
     for item in run_dir.iterdir():
-        if item.name not in (".lock", *keep) and not item.name.startswith("attempt_"):
+        if item.name not in (".lock", ".ranks", *keep) and not item.name.startswith("attempt_"):
             shutil.move(str(item), target / item.name)
 
 

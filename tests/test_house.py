@@ -52,9 +52,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"artifacts", "doctor_rules", "log", "types"},
     "doctor_rules": set(),
     "pipeline": {
-        *("adapters", "artifacts", "chat", "check_model", "check_reward", "config", "demo", "doctor", "ends"),
-        *("hashes", "launch", "lints", "plan", "report", "report_html", "rules", "settings", "sharing"),
-        *("types",),
+        *("artifacts", "config", "demo", "doctor", "inputs", "launch", "plan", "report", "report_html", "settings"),
+        *("sharing", "types"),
+    },
+    "inputs": {
+        *("adapters", "artifacts", "chat", "check_model", "check_reward", "ends", "hashes", "lints", "rules", "types"),
     },
     "plan": {"artifacts", "chat", "log", "score_heads", "tokens", "types"},
     "check_config": {"config", "explain", "overrides", "types"},
