@@ -52,7 +52,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"artifacts", "doctor_rules", "log", "types"},
     "doctor_rules": set(),
     "pipeline": {
-        *("artifacts", "config", "demo", "doctor", "inputs", "launch", "plan", "report", "report_html", "settings"),
+        *(
+            "artifacts",
+            "config",
+            "demo",
+            "doctor",
+            "hashes",
+            "inputs",
+            "launch",
+            "plan",
+            "report",
+            "report_html",
+            "settings",
+        ),
         *("sharing", "types"),
     },
     "inputs": {

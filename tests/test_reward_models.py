@@ -85,7 +85,9 @@ def test_a_score_is_transformers_own(bases, tmp_path, style, kind):
         kept = {name: tensor for name, tensor in load_file(file).items() if "score" not in name}
         save_file(kept, file, {"format": "pt"})
         config = json.loads((tmp_path / "reward/adapter_config.json").read_text())
-        (tmp_path / "reward/adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None, "task_type": None}))
+        (tmp_path / "reward/adapter_config.json").write_text(
+            json.dumps(config | {"modules_to_save": None, "task_type": None})
+        )
     source = artifacts.resolve_model(str(tmp_path / "reward"))
     role = models.load_reward(source, models.Model(), VOCAB)
     ids, mask = rows()
