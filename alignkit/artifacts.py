@@ -17,7 +17,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from alignkit.hashes import find_base, model_hash
+from alignkit.hashes import find_base, model_hash, record
 from alignkit.hashes import started_in as started_in
 from alignkit.lock import lock as lock
 from alignkit.log import write_atomic
@@ -221,8 +221,9 @@ def describe_checkpoint(folder: Path, run_dir: Path, stage: str, step: int, fact
     own = {
         key: value for key, value in (read_manifest(run_dir) or {}).items() if key not in ("address", "plan", "saved")
     }
-    made = {"stage": stage, "status": "done", "step": step, "metrics": {}, "model_hash": model_hash(folder / "model")}
-    write_manifest(folder, **own | facts | made)
+    made = {"stage": stage, "status": "done", "step": step, "metrics": {}}
+    places = record(facts | {"base_model": dict(facts["base_model"])}, folder)  # as seen from the checkpoint
+    write_manifest(folder, **own | places | made)
 
 
 def refuse_checkpoint(path: Path, command: str) -> None:
