@@ -23,76 +23,27 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForSequenceClassification", "ForRewardModel")
 # Layers that carry a state from token to token (state-space, linear attention, convolutions), in some or all blocks.
 RECURRENT = frozenset(
-    [
-        "bamba",
-        "falcon_h1",
-        "falcon_mamba",
-        "granitemoehybrid",
-        "inkling_text",
-        "jamba",
-        "kimi_linear",
-        "lfm2",
-        "lfm2_moe",
-        "mamba",
-        "mamba2",
-        "minimax",
-        "nemotron_h",
-        "olmo_hybrid",
-        "plamo2",
-        "qwen3_5_moe_text",
-        "qwen3_5_text",
-        "qwen3_next",
-        "qwen4_exp_text",
-        "recurrent_gemma",
-        "rwkv",
-        "xlstm",
-        "zamba",
-        "zamba2",
-        "zaya",
-    ]
+    {
+        *("bamba", "deepseek_v4", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling_text", "jamba"),
+        *("kimi_linear", "lfm2", "lfm2_moe", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "plamo2"),
+        *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm"),
+        *("zamba", "zamba2", "zaya"),
+    }
 )
 # They see the whole text at once: as a "decoder" too they are none that answers.
 ENCODERS = frozenset(
-    [
-        "albert",
-        "bert",
-        "bert-generation",
-        "big_bird",
-        "camembert",
-        "data2vec-text",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "ernie",
-        "megatron-bert",
-        "modernbert",
-        "rembert",
-        "roberta",
-        "roberta-prelayernorm",
-        "roc_bert",
-        "roformer",
-        "xlm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    ]
+    {
+        *("albert", "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2"),
+        *("distilbert", "electra", "ernie", "megatron-bert", "modernbert", "rembert", "roberta"),
+        *("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    }
 )
 # Decoders that vLLM has no code for, and whose own attention it cannot take the place of.
 UNSERVED = frozenset(
-    [
-        "biogpt",
-        "blt",
-        "codegen",
-        "cpmant",
-        "gpt_neo",
-        "gpt_neox_japanese",
-        "mpt",
-        "openai-gpt",
-        "reformer",
-        "xglm",
-        "xlnet",
-    ]
+    {
+        *("biogpt", "blt", "codegen", "cpmant", "gpt_neo", "gpt_neox_japanese", "mpt", "openai-gpt", "reformer"),
+        *("trocr", "xglm", "xlnet"),
+    }
 )
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 CPU_HEADS = (

@@ -68,7 +68,11 @@ def find(source: ModelSource) -> Head:
         }
         if lora := [name for name in found if name.startswith("score.lora_")]:
             raise InputError(f"its adapter changes the head by low rank ({lora[0]}): {_merge(source)}")
-        if SCORE not in found and SCORE in held and _json(source.adapter / "adapter_config.json").get("task_type") is None:
+        if (
+            SCORE not in found
+            and SCORE in held
+            and _json(source.adapter / "adapter_config.json").get("task_type") is None
+        ):
             found = held
     if SCORE not in found:
         raise InputError(_why_none(found, facts, source))
