@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -171,7 +172,7 @@ def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> M
                 f"{key}={path}: no *.safetensors in the folder; alignkit reads no pickled weights: convert them with save_pretrained"
             )
         return ModelSource(path, None, path)
-    if path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1:
+    if path.startswith((".", "/", "~", "runs/")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path, re.ASCII):
         raise InputError(
             f"{key}={path!r}: no such folder; expected a model folder, a finished run such as runs/<name>/sft, or a hub id org/model"
         )

@@ -60,9 +60,15 @@ def _models(cfg: Any, later: dict[str, str], weights: bool) -> dict[str, Any]:
         if source.run is not None:
             base = source.base if source.adapter is not None else None
             hashes.check_unchanged(source.run, base, made, given, cfg.verify)
-        facts = check_source(source, given, cfg.model.chat_template, scores=scores)
-        for line in model_contradictions(cfg, facts, given, scores):
+        config = Path(source.base) / "config.json"
+        facts = (
+            artifacts.read_json(config, f"{given}: give a folder written by save_pretrained")
+            if config.is_file()
+            else {}
+        )
+        for line in model_contradictions(cfg, facts, given, scores):  # the kind of model first, then its weights
             raise InputError(line)
+        check_source(source, given, cfg.model.chat_template, scores=scores)
         if scores and cfg.stage == "ppo" and source.run is not None:
             cfg.rewards[role.partition(".")[2]].check_accuracy(made["metrics"], role)
     return sources

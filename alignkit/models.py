@@ -17,6 +17,7 @@ from omegaconf import MISSING
 from alignkit import architectures, loaded, quantised, saving, score_heads
 from alignkit.loaded import copy_adapter as copy_adapter
 from alignkit.ranges import check_date
+from alignkit.score_heads import HEAD_FILE as HEAD_FILE
 from alignkit.score_heads import load_head as load_head
 from alignkit.score_heads import save_head as save_head
 from alignkit.score_heads import score_head as score_head

@@ -198,9 +198,9 @@ def run_pipeline(cfg: Any) -> float | None:
         return None
     stages = cfg.stages()
     made = {str(stage.run_dir): stage.stage for stage in stages}
+    check_later(stages)
     for stage in stages:  # all inputs of all stages, before the first one takes its minutes
         check_inputs(stage, made, tell=False)  # told when each starts
-    check_later(stages)
     if not cfg.resume:
         _refuse_existing(root, [stage.run_dir for stage in stages])
     with artifacts.lock(root):
@@ -227,10 +227,10 @@ def print_plan(cfg: Any, options: Any = None, full_config: bool = False) -> None
 
     stages, pipeline = (cfg.stages(), cfg) if isinstance(cfg, config.Pipeline) else ([cfg], None)
     made = {str(stage.run_dir): stage.stage for stage in stages} if pipeline else {}
-    sources = [check_inputs(stage, made, weights=options is None) for stage in stages]
-    options, device = options or plan.Options(), plan.detect()
     if pipeline:
         check_later(stages)
+    sources = [check_inputs(stage, made, weights=options is None) for stage in stages]
+    options, device = options or plan.Options(), plan.detect()
     if options.device_memory:
         device = memory.Device(options.device_memory, gpu=True)
     for stage, found in zip(stages, sources, strict=True):

@@ -56,6 +56,8 @@ def find(source: ModelSource) -> Head:
     base, folder = Path(source.base), source.adapter or Path(source.base)
     if (folder / HEAD_FILE).is_file():
         return Head(folder / HEAD_FILE, "weight", "bias", ours=True)
+    if source.run is not None:
+        raise InputError(f"no reward model, it has no {HEAD_FILE}: give the folder of a finished reward run")
     facts = _json(base / "config.json") if base.is_dir() else {}  # a hub id is not looked at
     facts = facts | (facts.get("text_config") or {})
     held = _tensors(base, facts) if base.is_dir() else {}

@@ -164,12 +164,29 @@ def _family(family: Family, config: dict[str, Any], names: Shapes, scores: bool)
         return (
             f"{len(strange)} weights belong to no part of a {config['model_type']} of {count} blocks, as {strange[0]}"
         )
+    if odd := _halves(family, found, count):
+        return odd
     sizes = _sizes(config)
+    siblings: dict[str, tuple[str, tuple[int, ...]]] = {}  # what of a block -> where it first stands, and its shape
     for name, original in found.items():
+        if at := re.match(rf"{re.escape(family.blocks)}\d+\.(.+)", name):
+            first, alike = siblings.setdefault(at[1], (original, names[original]))
+            if names[original] != alike:
+                return f"{original} has shape {list(names[original])}, {first} has {list(alike)}"
         expected = _expected(name, around[0], head, sizes)
         shape = names[original]
         if expected is not None and not _agrees(shape, expected):
             return f"{original} has shape {list(shape)}, config.json says {list(expected)}"
+    return None
+
+
+def _halves(family: Family, found: Mapping[str, str], count: int) -> str | None:
+    """A fault of a dense block among those of a mixture, whose names are not listed: a part of its MLP."""
+    mlp = [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    for number in range(count) if "*" in family.more else ():
+        lost = [name for name in mlp if f"{family.blocks}{number}.{name}" not in found]
+        if lost and len(lost) < len(mlp):
+            return f"{len(lost)} of {len(mlp)} weights of an MLP are missing, as {family.trunk}{family.blocks}{number}.{lost[0]}"
     return None
 
 
@@ -279,6 +296,13 @@ def _experts(config: dict[str, Any], prefix: str, entries: dict[int, dict[str, t
         found = {int(at[1]) for name in entry if (at := re.search(r"\.experts\.(\d+)\.", name))}
         if found and (hole := sorted(set(range(count)) - found)):
             return f"{len(hole)} of {count} experts of {prefix}.{number} are missing, as expert {hole[0]}"
+        parts: dict[str, set[str]] = {}  # of each expert
+        for name in entry:
+            if at := re.match(r"(.*\.experts\.)(\d+)\.(.+)", name):
+                parts.setdefault(at[1] + at[2], set()).add(at[3])
+        whole = set().union(*parts.values())
+        if lost := [f"{expert}.{part}" for expert, own in parts.items() for part in sorted(whole - own)]:
+            return f"{len(lost)} weights of experts are missing that others have, as {prefix}.{number}.{lost[0]}"
     return None
 
 

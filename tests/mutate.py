@@ -416,6 +416,8 @@ FAULTS: list[Fault] = [
         ("with only_blocks(hf, self.blocks, len(hf.base_model.layers), norm=True):",
          "with only_blocks(hf, 0, len(hf.base_model.layers), norm=True):", "shared blocks run twice"),
         ("bias = None if head.bias is None else head.bias.to(dtype)", "bias = None"),
+    ),
+    *of("loaded.py", MODELS,
         ("parameter.copy_(saved[key])", "parameter.copy_(parameter)",
          "adapters start anew"),
     ),

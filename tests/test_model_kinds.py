@@ -121,7 +121,7 @@ def test_every_architecture_has_a_sequence_classifier(folder, tmp_path, kind):
         again = load(tmp_path, CLASSIFIER, num_labels=1)
         again.config.pad_token_id = 1
         assert torch.equal(again(ids).logits, classifier(ids).logits)
-        assert torch.equal(models.trunk_hidden(load(tmp_path), ids, mask), states)
+        assert torch.equal(models.trunk_hidden(load(tmp_path, headless=True), ids, mask), states)
 
 
 def test_a_classifier_of_code_that_came_with_the_model_is_asked_for_by_name():

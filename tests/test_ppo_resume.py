@@ -221,7 +221,7 @@ def test_what_cannot_be_saved_is_found_before_the_first_step(work, tiny, monkeyp
     monkeypatch.setattr(Tokenizer, "save_pretrained", refuse)
     with pytest.raises(InputError, match=r"never/ppo: .*not JSON serializable.*nothing was trained"):
         run(work, tiny, "never", None, monkeypatch)
-    assert not (work / "never" / "ppo" / "metrics.jsonl").exists()
+    assert (work / "never" / "ppo" / "metrics.jsonl").read_text() == ""
     assert not list((work / "never" / "ppo").glob(".rehearsal*"))
 
 
@@ -232,7 +232,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_found_before_the_first_step(wor
         InputError, match=r"of 0\.\d MiB and 3 checkpoints of \d\.\d MiB\), 1.0 MiB are free there: make room"
     ):
         run(work, tiny, "full", None, monkeypatch, "save_steps=1")
-    assert not (work / "full" / "ppo" / "metrics.jsonl").exists()
+    assert (work / "full" / "ppo" / "metrics.jsonl").read_text() == ""
 
 
 def test_a_disk_that_is_full_at_the_end_is_said_with_what_is_free(work, tiny, monkeypatch):

@@ -19,7 +19,7 @@ from alignkit.types import InputError, ModelSource
 PAD = 1
 
 
-def classifier(base, folder, adapter=None, labels=1, dtype=torch.float32):
+def classifier(base, folder, adapter=None, labels=1, dtype=torch.float32, new_head=True):
     """A sequence classifier on `base` with a head of its own, saved whole or as a PEFT adapter; transformers' module."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
@@ -27,7 +27,8 @@ def classifier(base, folder, adapter=None, labels=1, dtype=torch.float32):
     torch.manual_seed(3)
     hf = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, dtype=dtype)
     hf.config.pad_token_id = PAD
-    torch.nn.init.normal_(hf.score.weight, std=0.3)
+    if new_head:
+        torch.nn.init.normal_(hf.score.weight, std=0.3)
     if adapter is not None:
         hf = get_peft_model(hf, LoraConfig(task_type="SEQ_CLS", **adapter))
         for name, parameter in hf.named_parameters():
@@ -79,7 +80,7 @@ def test_a_score_is_transformers_own(bases, tmp_path, style, kind):
     if kind == "head frozen in the base":
         classifier(base, tmp_path / "base")
         base = tmp_path / "base"
-    hf = classifier(base, tmp_path / "reward", ADAPTERS[kind])
+    hf = classifier(base, tmp_path / "reward", ADAPTERS[kind], new_head=base in bases.values())
     if kind == "head frozen in the base":
         file = tmp_path / "reward" / "adapter_model.safetensors"
         kept = {name: tensor for name, tensor in load_file(file).items() if "score" not in name}
@@ -186,7 +187,7 @@ BAD = {
     "a bias": (lambda f: change(f, score__bias=torch.zeros(1)), "has score.bias"),
     "another width": (lambda f: change(f, score__weight=torch.zeros(1, D + 3)), "reads 35 numbers"),
     "a value head": (lambda f: change(f, ["score"], v_head__summary__weight=torch.zeros(1, D)), "v_head.summary.weight.*expected that"),
-    "renamed": (lambda f: change(f, ["score"], module__score__weight=torch.zeros(1, D)), "calls its head module.score.weight"),
+    "renamed": (lambda f: change(f, ["score"], module__score__weight=torch.zeros(1, D)), "(calls its head module.score.weight|names of a wrapped model, as module.score.weight)"),
     "a language model": (lambda f: change(f, ["score"], {"architectures": ["LlamaForCausalLM"]}), "no reward model.*LlamaForCausalLM"),
     "quantised": (lambda f: change(f, config={"quantization_config": {"quant_method": "gptq"}}), "gptq weights"),
     "an encoder": (lambda f: change(f, config={"is_encoder_decoder": True}), "encoder and decoder"),

@@ -49,7 +49,9 @@ def test_each_setting_that_differs_is_named_with_both_values(work, before, now, 
         {"prompt": "c", "p": "c", "completion": "d"},
     )
     begun("sft", *before)
-    message = refused(work, command("sft", *now, "resume=true"), "has checkpoints of another config", told)
+    found = invoke(*command("sft", *now, "resume=true"), cwd=work)  # it says before which columns are not used
+    message = found.err
+    assert found.code == 2 and "has checkpoints of another config" in message and told in message
     assert "alignkit resume runs/new/sft goes on with the old ones" in message
     assert all(key in message for key in settings.FREE)
 
