@@ -181,12 +181,17 @@ def _family(family: Family, config: dict[str, Any], names: Shapes, scores: bool)
 
 
 def _halves(family: Family, found: Mapping[str, str], count: int) -> str | None:
-    """A fault of a dense block among those of a mixture, whose names are not listed: a part of its MLP."""
+    """A fault of a mixture's blocks, whose names are not listed: a part of a dense one's MLP, the router of experts."""
     mlp = [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
     for number in range(count) if "*" in family.more else ():
-        lost = [name for name in mlp if f"{family.blocks}{number}.{name}" not in found]
-        if lost and len(lost) < len(mlp):
-            return f"{len(lost)} of {len(mlp)} weights of an MLP are missing, as {family.trunk}{family.blocks}{number}.{lost[0]}"
+        block = f"{family.blocks}{number}."
+        lost = [name for name in mlp if block + name not in found]
+        lost = lost if len(lost) < len(mlp) else []
+        for part in ("mlp", "block_sparse_moe"):
+            routed = any(name.startswith(f"{block}{part}.experts.") for name in found)
+            lost += [f"{part}.gate.weight"] if routed and f"{block}{part}.gate.weight" not in found else []
+        if lost:
+            return f"{len(lost)} weights of a block are missing, as {family.trunk}{block}{lost[0]}"
     return None
 
 

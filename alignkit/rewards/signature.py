@@ -9,7 +9,6 @@ Each may be a function, a coroutine, an object with __call__, or a class that is
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import inspect
@@ -178,6 +177,8 @@ def caller(function: Callable, form: Form, target: str, inside: Callable[[], Any
     Raises (when called):
         RunError: it raised, or returned no number for a row; with the reward, the row and what it returned.
     """
+    import asyncio  # a tenth of a second, and most functions are none
+
     runner = asyncio.Runner()
 
     def score(batch: Batch) -> list[float]:
@@ -198,11 +199,13 @@ def caller(function: Callable, form: Form, target: str, inside: Callable[[], Any
     return score
 
 
-def _awaited(values: Any, runner: asyncio.Runner) -> Any:
+def _awaited(values: Any, runner: Any) -> Any:
     """The result of a coroutine, or of a list in which some are."""
     many = isinstance(values, list) and any(map(inspect.isawaitable, values))
     if not many and not inspect.isawaitable(values):
         return values
+
+    import asyncio
 
     async def settle() -> Any:
         if not many:
