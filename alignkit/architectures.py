@@ -192,6 +192,13 @@ def auto_class(name: str, config: Any) -> Any:
     return type(shared)(named, (GenericForSequenceClassification, shared), body)
 
 
+def attention(config: Any) -> dict[str, str]:
+    """from_pretrained's argument for a model whose attention scores are capped: transformers' default (sdpa) passes over the
+    cap without a word, and vLLM does not."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def checkpoint_names(hf: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights as they lie in the model's files, as save_pretrained would write them.
 

@@ -81,6 +81,7 @@ def load_base(
         dtype=getattr(torch, model.dtype),
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
+        **architectures.attention(config),
         **(quantised.arguments(model.dtype) if nf4 else {}),
     )
     loaded.check_base(hf, info, path, headless or auto_class != "AutoModelForCausalLM")

@@ -104,6 +104,27 @@ def test_logits_of_given_states_leave_the_decoder_as_it_was(folder):
 # --------------------------------------------------------------------------------------------------------- score heads
 
 
+def test_capped_attention_scores_are_capped(folder, tmp_path):
+    """Gemma 2's: a cap so low that it changes every state, as transformers' plain attention computes it."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    for file in folder("gemma2").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"attn_logit_softcapping": 0.05}))
+    weights = load_file(tmp_path / "model.safetensors")  # scores above the cap
+    weights = {n: w * 30 if "q_proj" in n or "k_proj" in n else w for n, w in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    ids, mask = rows()
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+        uncapped = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+        ours, wanted, other = (models.trunk_hidden(hf, ids, mask)[mask] for hf in (load(tmp_path), plain, uncapped))
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+    assert (other - wanted).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["granite", "cohere", "llama", "gpt2", "opt"])
 def test_every_architecture_has_a_sequence_classifier(folder, tmp_path, kind):
     """Transformers' own where there is one; its trunk is the language model's, and saved it is read again the same."""
