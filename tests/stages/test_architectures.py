@@ -43,5 +43,6 @@ def test_an_architecture_goes_through_all_stages(kinds, rows, pairs, tmp_path):
     for kind in kinds:
         steps = metrics(tmp_path / kind / "ppo")
         assert len(steps) == 3  # the third answers with weights of version 3
-        assert all(step["rollout/canary_gap_max"] < 1e-4 and step["rollout/logprob_gap_max"] < 1e-4 for step in steps)
+        near = 1e-3 if kind == "bloom" else 1e-4  # its GELU: exact in vLLM, by a tanh in transformers
+        assert all(step["rollout/canary_gap_max"] < near and step["rollout/logprob_gap_max"] < near for step in steps)
         assert any(step["rollout/canary_gap_max"] > 0 for step in steps)  # two engines: their roundings differ
