@@ -51,7 +51,8 @@ class LoRA:
             held, fix = ("in 4 bits", "qlora") if start.nf4 else ("unquantised", "lora")
             raise InputError(f"finetune={self.name}, but {adapter} was trained on the base {held}: use finetune={fix}")
         saved = adapters.read_config(adapter)
-        adapters.check_continued(start, saved, self.name, scores)
+        if start.run is None:  # what a run of ours wrote is what this class makes (of experts it adapts parameters)
+            adapters.check_continued(start, saved, self.name, scores)
         layers = saved.get("layers_to_transform")
         layers = [layers] if isinstance(layers, int) else layers
         theirs = {"rank": saved.get("r"), "alpha": saved.get("lora_alpha"), "last_layers": layers and len(layers)}
