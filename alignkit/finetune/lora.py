@@ -51,8 +51,9 @@ class LoRA:
             held, fix = ("in 4 bits", "qlora") if start.nf4 else ("unquantised", "lora")
             raise InputError(f"finetune={self.name}, but {adapter} was trained on the base {held}: use finetune={fix}")
         saved = adapters.read_config(adapter)
-        if start.run is None:  # what a run of ours wrote is what this class makes (of experts it adapts parameters)
-            adapters.check_continued(start, saved, self.name, scores)
+        experts = ("target_parameters",) if start.run is not None else ()  # how a run of ours adapts them
+        told = {key: value for key, value in saved.items() if key not in experts}
+        adapters.check_continued(start, told, self.name, scores)
         layers = saved.get("layers_to_transform")
         layers = [layers] if isinstance(layers, int) else layers
         theirs = {"rank": saved.get("r"), "alpha": saved.get("lora_alpha"), "last_layers": layers and len(layers)}
