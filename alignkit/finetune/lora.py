@@ -51,7 +51,8 @@ class LoRA:
             held, fix = ("in 4 bits", "qlora") if start.nf4 else ("unquantised", "lora")
             raise InputError(f"finetune={self.name}, but {adapter} was trained on the base {held}: use finetune={fix}")
         saved = adapters.read_config(adapter)
-        experts = ("target_parameters",) if start.run is not None else ()  # how a run of ours adapts them
+        own = ("target_parameters", "rank_pattern", "alpha_pattern")  # how PEFT adapts experts, in a run of ours
+        experts = own if start.run is not None else ()
         told = {key: value for key, value in saved.items() if key not in experts}
         adapters.check_continued(start, told, self.name, scores)
         layers = saved.get("layers_to_transform")
