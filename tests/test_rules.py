@@ -203,7 +203,7 @@ def test_check_config_with_other_arguments(tmp_path, arguments, word):
 
 
 @pytest.mark.parametrize("line", [["check", "config"], command("pipeline", "dry_run=true")], ids=["check", "dry run"])
-def test_checks_load_nothing_heavy_and_answer_within_three_seconds(tmp_path, line):
+def test_checks_load_nothing_heavy_and_answer_within_five_seconds(tmp_path, line):
     """The files, rows, models, tokenizers and templates of five stages are looked at without torch."""
     work = make_work(tmp_path / "work")
     code = (
@@ -212,12 +212,12 @@ def test_checks_load_nothing_heavy_and_answer_within_three_seconds(tmp_path, lin
         f"print([name for name in {HEAVY!r} if name in sys.modules], time.process_time(), file=sys.stderr)"
     )
     took = []
-    while not took or (min(took) >= 3 and len(took) < 3):  # the least of three: a core that is shared counts for more
+    while not took or (min(took) >= 5 and len(took) < 3):  # the least of three: a core that is shared counts for more
         done = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True)
         heavy, _, seconds = done.stderr.strip().rpartition(" ")
         assert (done.returncode, heavy) == (0, "[]"), done.stderr
         took.append(float(seconds))
-    assert min(took) < 3
+    assert min(took) < 5
 
 
 def test_an_experiment_may_refuse_a_key_inside_an_entry_of_a_dict(tmp_path):
