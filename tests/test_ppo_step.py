@@ -107,8 +107,7 @@ def test_11_a_step_does_not_depend_on_micro_batches_order_or_padding(folders, st
         assert distance(after, other) <= 1e-10, how
         for ours, theirs in zip(metrics, other_metrics, strict=True):
             for key in ours.keys() - {"update/padding_fraction"}:
-                near = 0.02 if key.endswith("clip_fraction") else 1e-10  # of 52 tokens, one may lie on the bound itself
-                assert theirs[key] == pytest.approx(ours[key], abs=near), (how, key)
+                assert theirs[key] == pytest.approx(ours[key], abs=1e-10), (how, key)
 
 
 def test_11_the_loss_is_that_of_the_whole_batch(folders):

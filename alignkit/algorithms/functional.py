@@ -314,11 +314,13 @@ def value_loss(
     mask, values, old_values, returns = _valid(mask, values=values, old_values=old_values, returns=returns)
     old_values, returns = old_values.detach(), returns.detach()
     squares = clipped = (values - returns).square()
+    moved = torch.zeros_like(mask)  # beyond the range: within it the two branches differ by rounding alone
     if value_clip_range is not None:
+        moved = ((values - old_values).abs() > value_clip_range).detach()
         near_old = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
         clipped = (near_old - returns).square()
     total, count = sum_tokens(0.5 * torch.maximum(squares, clipped), mask, aggregation)
-    won = sum_tokens((clipped > squares).detach(), mask)
+    won = sum_tokens((clipped > squares).detach() & moved, mask)
     return total, count, {"critic/loss": (total.detach(), count), "critic/clip_fraction": won}
 
 
