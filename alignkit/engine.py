@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit import kernels
+from alignkit import kernels, rendezvous
 from alignkit.ranges import num
 from alignkit.types import InputError, Loss, Metrics, RunError
 from alignkit.zero import ZeRO
@@ -130,16 +130,22 @@ def start(note: Callable[[str], None] = print) -> World:
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
+        local_rank = rendezvous.own_device(local_rank, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed, accelerate and vLLM take the device of that number
         torch.cuda.set_device(local_rank)
-    if int(os.environ["WORLD_SIZE"]) == 1:  # nothing is reduced: its kernel is neither built nor waited for
+    size = int(os.environ["WORLD_SIZE"])
+    if size == 1:  # nothing is reduced: its kernel is neither built nor waited for
         deepspeed.ops.__compatible_ops__[kernels.SHARED_MEMORY] = False
-    kernels.remove_stale_locks(root)
+    device = torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu")
     with kernels.telling(root, note):
+        if size > 1 and not cuda and deepspeed.ops.__compatible_ops__.get(kernels.SHARED_MEMORY):
+            builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+            type(builder)._loaded_ops[builder.name] = kernels.load(root, builder.name, kernels.versions(), builder.load)
+        rendezvous.join("nccl" if cuda else "gloo", device if cuda else None, note)
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     torch.distributed.barrier()  # every rank has opened the buffers of all: their names are not needed any more
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{local_rank}"):
         buffer.unlink(missing_ok=True)  # DeepSpeed leaves 64 MiB of memory a rank behind otherwise
-    device = torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu")
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
 
 

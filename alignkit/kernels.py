@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
+import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from alignkit.log import write_atomic
+from alignkit.types import InputError
 
 SHARED_MEMORY = "deepspeed_shm_comm"  # sums of the ranks of one machine without a GPU
+BUILT = "built_with"  # in its folder, once it is whole: what it was built with
 PATIENCE = 10.0  # seconds before a wait is said
 
 
@@ -30,14 +39,82 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions" / name
 
 
-def remove_stale_locks(root: Path, older_than_s: float = 900.0) -> list[Path]:
-    """Remove the locks of builds that were killed: DeepSpeed's kernels are built on first use, and whoever finds the lock
-    of a build waits for its end, for ever if its process is gone. A build takes a minute or two."""
-    stale = [p for p in root.glob("**/lock") if time.time() - p.stat().st_mtime > older_than_s]
-    for path in stale:
-        path.unlink(missing_ok=True)
-        print(f"removed {path}: a build that was killed had left it", flush=True)
-    return stale
+def versions() -> str:
+    """What a kernel depends on."""
+    found = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed")]
+    return " ".join([*found, "Python", sys.version, platform.machine()])
+
+
+def load(root: Path, name: str, made_with: str, build: Callable[[], Any]) -> Any:
+    """The module of a kernel: built by the first that needs it, opened by all others without waiting for one another.
+
+    DeepSpeed's own loader takes a lock at every start, leaves it behind where it is killed, and builds anew where another
+    ninja is found first. Here who builds holds a lock of the kernel's, which ends with the process.
+
+    Args:
+        made_with: what it must have been built with: versions of Python, torch and DeepSpeed.
+        build: builds and opens it.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    folder = root / name
+    if (found := _open(folder, made_with)) is not None:
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (root / f".{name}.building").open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"a kernel of DeepSpeed's cannot be built in {folder} ({error}): set TORCH_EXTENSIONS_DIR to a folder that can be "
+            "written"
+        ) from None
+    with opened as file:
+        with contextlib.suppress(OSError):  # no locks there: DeepSpeed's own file is all there is
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if (found := _open(folder, made_with)) is not None:
+            return found
+        _end_dead_build(folder)
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # its ninja
+        module = build()
+        write_atomic(folder / BUILT, made_with)
+    return module
+
+
+def _open(folder: Path, made_with: str) -> Any:
+    """The module that was built there with the same, or None."""
+    file, held = folder / f"{folder.name}.so", folder / BUILT
+    if not file.is_file() or not held.is_file() or held.read_text(encoding="utf-8") != made_with:
+        return None
+    spec = importlib.util.spec_from_file_location(folder.name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _end_dead_build(folder: Path, settle: float = 2.0, limit: float = 900.0) -> None:
+    """Remove the lock of a build that was killed: whoever finds it would wait for its end for ever.
+
+    A compiler that still works in the folder is let finish; so is a build of another program's.
+    """
+    lock, quiet, end = folder / "lock", time.monotonic() + settle, time.monotonic() + limit
+    while lock.exists() and time.monotonic() < min(quiet, end):
+        if _works_in(folder):
+            quiet = time.monotonic() + settle
+        time.sleep(0.1)
+    if lock.exists():
+        lock.unlink(missing_ok=True)
+        print(f"removed {lock}: a build that was killed had left it", flush=True)
+
+
+def _works_in(folder: Path) -> bool:
+    """Whether a process of this machine, as far as this user sees, has the folder as its working directory."""
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if link.readlink() == folder.resolve():
+                return True
+    return False
 
 
 @contextlib.contextmanager

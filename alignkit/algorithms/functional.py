@@ -410,8 +410,7 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def response_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) of `labels`: [..., V] and [...] i64 -> [...]. `logits` are not modified.
 
-    Nothing is shifted here: logits[..., t, :] must be those that predict labels[..., t]. The logits are divided by
-    the temperature, not the log-probs.
+    Nothing is shifted here: logits[..., t, :] must predict labels[..., t]. The temperature divides logits, not log-probs.
     """
     _same_shape(**{"logits without the vocabulary": logits[..., 0], "labels": labels})
 
