@@ -15,6 +15,9 @@ from alignkit.types import InputError
 LONGEST = 120  # bytes of a job's folder; a longer one is called by the job's number
 
 
+_taken: dict[Path, list[str]] = {}  # {folder: overrides} of the jobs of this process
+
+
 def job_name(run_name: str, arguments: Sequence[str], job: Sequence[str], params: Sequence[str], number: int) -> str:
     """The run name of one job: `run_name/<what is swept>`, or `run_name` itself where the user made it differ by job.
 
@@ -69,7 +72,10 @@ def begin_job(composed: Any, arguments: Sequence[str]) -> None:
         raise InputError("run_name is not set: add run_name=...; the jobs of a sweep go to run_name/<what is swept>")
     job, number = list(hydra.overrides.task), hydra.job.num
     params = list(OmegaConf.select(hydra, "sweeper.params") or {})
-    composed.run_name = job_name(composed.run_name, arguments, job, params, number)
+    name = job_name(composed.run_name, arguments, job, params, number)
+    if _taken.setdefault(Path(composed.runs_dir, name).absolute(), job) != job:
+        name = f"{name},{number}"  # the values of both differ in what a folder's name cannot hold
+    composed.run_name = name
     print(f"\njob {number}: {Path(composed.runs_dir) / composed.run_name}", flush=True)
 
 

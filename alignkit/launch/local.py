@@ -79,7 +79,7 @@ class Local:
         progress = run_dir / PROGRESS
         progress.touch()
         seen = progress.stat().st_size
-        with log.open("a") as output:
+        with log.open("a", encoding="utf-8") as output:
             output.write(f"$ {shlex.join(command)}\n")
             output.flush()
             process = subprocess.Popen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ RECORD = "slurm.json"  # in the stage's folder: which job works on it
 ENDED_WELL = "COMPLETED"
 UNANSWERED = "UNANSWERED"
 FORGOTTEN = "Invalid job id"  # what squeue says of a job that the controller does not know
+SITE = ("ACCOUNT", "CLUSTERS", "CONSTRAINT", "PARTITION", "QOS", "RESERVATION", "WCKEY")  # SBATCH_…: set in profiles
 FAILED = (
     *("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
     "UNKNOWN",
@@ -52,7 +54,20 @@ def submit(script: str, *, after: Sequence[str] = (), how: str = "afterok", hold
     """
     dependency = [f"--dependency={how}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     held = ["--hold"] if hold else []
-    return _slurm("sbatch", "--parsable", *dependency, *held, stdin=script).split(";")[0].strip()
+    if overruling := overruled(os.environ, script):  # sbatch puts them above the script's own lines
+        print(f"not handed to sbatch: {', '.join(overruling)} of this shell; the launcher's keys say what the job gets")
+    return _slurm("sbatch", "--parsable", *dependency, *held, stdin=script, without=overruling).split(";")[0].strip()
+
+
+def overruled(environment: Iterable[str], script: str) -> list[str]:
+    """The variables that sbatch would put above what a script says, or that change what its ranks find.
+
+    Args:
+        environment: names. An account, a partition and the like count where the script has none of its own.
+    """
+    said = set(re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE))
+    own = {f"SBATCH_{name}" for name in SITE if name.lower() not in said}
+    return sorted(name for name in environment if name.startswith("SBATCH_") and name not in own)
 
 
 def check_after(ids: Iterable[str]) -> None:
@@ -131,7 +146,7 @@ def write_record(run_dir: Path, job: str, after: Sequence[str]) -> None:
 def read_record(run_dir: Path) -> str | None:
     """The id of the job that was last submitted for a stage's folder."""
     path = run_dir / RECORD
-    return str(json.loads(path.read_text())["job"]) if path.is_file() else None
+    return str(json.loads(path.read_text(encoding="utf-8"))["job"]) if path.is_file() else None
 
 
 def working_on(run_dir: Path) -> Job | None:
@@ -156,8 +171,8 @@ def _lines(*command: str) -> list[str]:
         return []
 
 
-def _slurm(*command: str, stdin: str | None = None) -> str:
-    """Run a command of Slurm; what it prints.
+def _slurm(*command: str, stdin: str | None = None, without: Sequence[str] = ()) -> str:
+    """Run a command of Slurm, its environment without some variables; what it prints.
 
     Raises:
         InputError: it refuses.
@@ -165,8 +180,11 @@ def _slurm(*command: str, stdin: str | None = None) -> str:
     """
     # Of a job we may be inside of, nothing is handed on but where the cluster is.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HYDRA_")) or k == "SLURM_CONF"}
+    environment = {name: value for name, value in environment.items() if name not in without}
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, env=environment)
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, encoding="utf-8", errors="replace", timeout=120, env=environment
+        )
     except FileNotFoundError:
         raise RunError(
             f"launcher=slurm: there is no {command[0]} on this machine; submit from one of the cluster"

@@ -14,12 +14,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from alignkit import foreign
 from alignkit.launch import ALLOCATOR
 from alignkit.ranges import check_numbers, num
 from alignkit.types import InputError
 
 # A time limit as Slurm writes it. Bare minutes are left out: YAML reads 12:00:00 without quotes as the number 43200.
 TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<h>\d+)(?::(?P<m>\d\d))?(?::(?P<s>\d\d))?")
+# Fields that are lines of the script.
+DIRECTIVES = ("cpus_per_task", "mem", "time", "partition", "account", "qos", "constraint", "exclude", "reservation")
 # What a site says for everyone, and what belongs to one job.
 OWN_KEYS = ("name", "num_ranks", "nodes", "after", "site", "server_nodes")
 
@@ -90,6 +93,10 @@ class Slurm:
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise InputError(f"launcher.env: {name!r} is no name of an environment variable")
+        for name in (*DIRECTIVES, "flags"):  # a directive is a line: what follows its end would be a command
+            for value in [getattr(self, name)] if name != "flags" else self.flags:
+                if not str(value).isprintable():
+                    raise InputError(f"launcher.{name}={value!r}: expected one line of printable characters")
 
     def at_site(self) -> Slurm:
         """This launcher with the values of its site file where it has none of its own; lists and env of both are joined.
@@ -149,6 +156,10 @@ def render(
         InputError: an array of heterogeneous jobs, which Slurm does not have.
     """
     run_dirs = [cwd / run_dir for run_dir in run_dirs]
+    if not str(cwd).isprintable():
+        raise InputError(
+            f"{str(cwd)!r}: a batch script cannot name this directory; start from one of printable characters"
+        )
     apart = servers and launcher.server_nodes > 0
     if apart and len(run_dirs) > 1:
         raise InputError("launcher.server_nodes: Slurm has no arrays of heterogeneous jobs; submit the runs one by one")
@@ -166,7 +177,8 @@ def render(
         "threads": str(launcher.threads or "${SLURM_CPUS_PER_TASK:-${OMP_NUM_THREADS:-1}}"),
         "allocator": ALLOCATOR,
         "setup": "\n".join([*launcher.setup, *exports]) or ":",
-        "step": shlex.join((["--het-group=0"] if apart else []) + container_flags(launcher, cwd)),
+        # --export: the environment of this script, whatever sbatch was told (SLURM_EXPORT_ENV) or the submitter's SBATCH_*.
+        "step": shlex.join(["--export=ALL", *(["--het-group=0"] if apart else []), *container_flags(launcher, cwd)]),
         "inside": shlex.join(container_prefix(launcher, cwd)),
         "server_hosts": "$SLURM_JOB_NODELIST_HET_GROUP_1" if apart else "",
         "requeue": str(int(launcher.requeue)),
@@ -207,8 +219,7 @@ def server_directives(launcher: Slurm) -> list[str]:
 
 
 def _resources(launcher: Slurm) -> list[str]:
-    names = ("cpus_per_task", "mem", "time", "partition", "account", "qos", "constraint", "exclude", "reservation")
-    return _flags(**{name: getattr(launcher, name) for name in names})
+    return _flags(**{name: getattr(launcher, name) for name in DIRECTIVES})
 
 
 def _flags(**values: Any) -> list[str]:
@@ -246,7 +257,7 @@ def folder() -> Path:
 
 def template() -> str:
     """The text of `slurm/stage.sbatch`."""
-    return (folder() / "stage.sbatch").read_text()
+    return (folder() / "stage.sbatch").read_text(encoding="utf-8")
 
 
 def read_site(path: Path) -> dict[str, Any]:
@@ -259,7 +270,10 @@ def read_site(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    raw = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}  # all strings: 12:00:00 is a time, not 43200
+    foreign.check(path)
+    raw = (
+        yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    )  # all strings: 12:00:00 is a time, not 43200
     known = [f.name for f in fields(Slurm) if f.name not in OWN_KEYS]
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a mapping of {', '.join(known)}")

@@ -81,7 +81,7 @@ class Replica:
         """The end of its log."""
         if self.log is None or not self.log.is_file():
             return "(no log: it was not started here)"
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
 class ServerSampler:
@@ -355,6 +355,7 @@ def place(number: int) -> tuple[str, int, list[str]]:
     host = hosts[number % len(hosts)]
     step = [
         "srun",
+        "--export=ALL",
         "--het-group=1",
         "--overlap",
         "--nodes=1",
