@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from alignkit import foreign
 from alignkit.types import InputError
 
 USAGE = """usage: alignkit check config [--config-dir DIR]
@@ -48,6 +49,10 @@ def check_file(path: Path, folder: Path, conf: Path) -> tuple[list[str], str | N
     from alignkit import config
 
     group, name = path.relative_to(folder).parent.as_posix(), path.stem
+    try:
+        foreign.check_file(path, folder)
+    except InputError as error:
+        return [], str(error)
     if group == ".":
         tried: dict[str, list[str]] = {name: []} if name in config.STAGES else {}
         missing = f"no command {name}: a recipe is called like its command ({', '.join(config.STAGES)})"

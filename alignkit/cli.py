@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shlex
 import signal
@@ -41,6 +42,9 @@ CHECKS = {
     "config": "every recipe, option and experiment of conf/ and of your folder (--config-dir DIR)",
 }
 
+# Options of Hydra that take the next word.
+WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
+
 USAGE = f"""alignkit {__version__}: SFT → reward model → PPO from one configuration
 
 usage: alignkit COMMAND [key=value …]
@@ -63,6 +67,9 @@ first run: alignkit pipeline +experiment=quickstart
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a run failed, 2 an input was refused, 75 stopped and saved, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows ? for what it has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `alignkit ppo --help | head` ends without a traceback
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help", "help"):
@@ -158,11 +165,12 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from alignkit import config, overrides, pipeline, submit, sweep
+    from alignkit import config, foreign, overrides, pipeline, submit, sweep
     from alignkit.types import InputError, RunError, Saved
 
     config.register()
-    arguments = sorted(arguments, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it at an end
+    arguments = options_first(arguments)
+    foreign.check_folders(foreign.folders(arguments))
     words = overrides.meant(command, arguments)
     overrides.check_experiments(command, arguments, conf_dir())
     sys.argv = [f"alignkit {command}", *words]
@@ -223,6 +231,20 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
         _refuse(explain(error, command, arguments))
 
 
+def options_first(words: list[str]) -> list[str]:
+    """The words with Hydra's options before the overrides: argparse takes overrides in one piece only."""
+    options: list[str] = []
+    rest = list(words)
+    for word in words:
+        if word not in rest or not word.startswith("-"):
+            continue
+        at = rest.index(word)
+        size = 2 if word in WITH_VALUE else 1
+        options += rest[at : at + size]
+        del rest[at : at + size]
+    return options + rest
+
+
 def _check(arguments: list[str]) -> None:
     """`alignkit check NAME …`. Exit codes: 0 nothing is refused, 2 something is, 130 interrupted."""
     from alignkit import check_config, check_data, config
@@ -244,8 +266,9 @@ def _compose(command: str, words: list[str]) -> Any:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from alignkit import overrides
+    from alignkit import foreign, overrides
 
+    foreign.check_folders(foreign.folders(words))
     overrides.check_experiments(command, words, conf_dir())
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from alignkit import foreign
 from alignkit.artifacts import refuse_checkpoint
 from alignkit.log import write_atomic
 from alignkit.progress import clock, short
@@ -137,7 +138,7 @@ def settings(run: Run) -> dict[str, str]:
         path = run.folder.path / stage / "config.yaml"
         if not path.is_file():
             continue
-        config = OmegaConf.to_container(OmegaConf.load(path))
+        config = OmegaConf.to_container(foreign.load(path))
         own = f"{config['runs_dir']}/{config['run_name']}/"
         for key, value in _flat(config):
             if key not in SAID_ELSEWHERE:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from alignkit import credentials, foreign
 from alignkit.data import Data, Kind, Ptx
 from alignkit.engine import Optimizer
 from alignkit.explain import divides, nearest_key, one_line, stray_keys, texts
@@ -308,7 +309,8 @@ def components(group: str) -> dict[str, Any]:
         modules = [
             importlib.import_module(f"{root.__name__}.{path.stem}")
             for path in sorted(Path(root.__path__[0]).glob("*.py"))
-            if '\n    name: str = "' in path.read_text()  # not the tensor maths that options share: it imports torch
+            if '\n    name: str = "'
+            in path.read_text(encoding="utf-8")  # not the tensor maths that options share: it imports torch
         ]
     found = {}
     for module in modules:
@@ -355,11 +357,11 @@ def to_config(composed: DictConfig, stage: str) -> Any:
         raise InputError(one_line(error)) from None
     if not isinstance(config, STAGES[stage]):
         raise InputError(f"not a {stage} config: its file must have {stage}_schema first in its defaults list")
-    for key, text in texts(OmegaConf.to_container(composed, resolve=True)):
+    said = list(texts(OmegaConf.to_container(composed, resolve=True)))
+    credentials.check(said)
+    for key, text in said:
         if "${" in text:  # the saved config would be read as a reference
-            raise InputError(
-                f"{key}={text}: ${{ begins a reference to another key and can be no part of a text: rename it"
-            )
+            raise InputError(f"{key}={text}: ${{ begins a reference to another key, so no text has it: rename it")
     if stray := stray_keys(composed):  # Hydra's "+" adds what no dataclass has a field for
         near = nearest_key(stray[0], OmegaConf.structured(config))
         raise InputError(f"no config key {stray[0]!r}{f': did you mean {near}?' if near else ''}")
@@ -373,12 +375,12 @@ def to_config(composed: DictConfig, stage: str) -> Any:
 
 def save(config: Any, path: Path) -> None:
     """Write the config as YAML, component names included."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
 
 
 def load(path: Path, stage: str) -> Any:
     """Read back what `save` wrote, every default and type as strict as when it was composed."""
-    raw = OmegaConf.load(path)
+    raw = foreign.load(path)
     try:
         whole = OmegaConf.merge(_schema(STAGES[stage], raw), raw)
     except (OmegaConfBaseException, KeyError, AttributeError) as error:  # a key, or a component, that is no more

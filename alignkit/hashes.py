@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alignkit import foreign
 from alignkit.types import InputError
 
 MODEL_FILES = (".json", ".safetensors", ".py", ".jinja", ".txt", ".model")  # of a model folder: not its README
@@ -203,7 +204,7 @@ def _start_of(config: Path) -> Path | None:
     """The directory in which the command ran that wrote a run's config.yaml."""
     from omegaconf import OmegaConf
 
-    raw = OmegaConf.to_container(OmegaConf.load(config))
+    raw = OmegaConf.to_container(foreign.load(config))
     assert isinstance(raw, dict)
     folder = config.parent
     return started_in(folder, Path(raw["runs_dir"], raw["run_name"], folder.resolve().name))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit import artifacts, config, hashes, sharing
+from alignkit import artifacts, config, foreign, hashes, sharing
 from alignkit.types import InputError
 
 Node = dict[str, Any]  # one stage: see `trace`
@@ -64,8 +64,6 @@ def trace(run: Path) -> Node:
      "held": [{"what", "path", "hash", "now", "why", "run": node of the run that made it, or None}]}
     `now` is None where the thing is gone, and `why` says so.
     """
-    from omegaconf import OmegaConf
-
     manifest = artifacts.read_manifest(run) or {}
     facts = {
         key: manifest.get(name)
@@ -76,7 +74,7 @@ def trace(run: Path) -> Node:
             "config",
             run / "config.yaml",
             manifest.get("config_hash"),
-            lambda: config.config_hash(OmegaConf.load(run / "config.yaml")),
+            lambda: config.config_hash(foreign.load(run / "config.yaml")),
         )
     ]
     if manifest.get("model_hash"):
