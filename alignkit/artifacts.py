@@ -9,6 +9,7 @@ A stage is finished when its manifest says `done`, whatever exit code its proces
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from alignkit import foreign
 from alignkit.hashes import find_base, model_hash, record
 from alignkit.hashes import started_in as started_in
 from alignkit.lock import lock as lock
@@ -25,6 +27,7 @@ from alignkit.log import write_atomic
 from alignkit.types import InputError, ModelSource
 
 SCHEMA = 1
+SPARE = ".spare"
 PACKAGES = (
     "alignkit",
     "torch",
@@ -72,9 +75,23 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(run_dir: Path, **changes: Any) -> dict[str, Any]:
-    """Merge `changes` into the manifest and write it; returns the whole."""
+    """Merge `changes` into the manifest and write it; returns the whole.
+
+    While a stage runs, a file of some bytes lies beside it: on a disk that is full by then, its end is written in their place.
+    """
     manifest = {"schema": SCHEMA} | (read_manifest(run_dir) or {}) | changes
-    write_atomic(run_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    spare, text = run_dir / SPARE, json.dumps(manifest, indent=2) + "\n"
+    try:
+        write_atomic(run_dir / "manifest.json", text)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or not spare.is_file():
+            raise
+        spare.unlink()
+        write_atomic(run_dir / "manifest.json", text)
+    if manifest.get("status") != "running":
+        spare.unlink(missing_ok=True)
+    elif not spare.is_file():
+        spare.write_bytes(bytes(2**14 + len(text)))
     return manifest
 
 
@@ -93,7 +110,7 @@ def git_commit() -> str | None:
 
     def git(*args: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(here), *args], capture_output=True, encoding="utf-8", errors="replace", timeout=10
         ).stdout.strip()
 
     try:
@@ -308,7 +325,7 @@ def plain_config(run_dir: Path) -> dict[str, Any]:
     """`config.yaml` as plain dicts, for trackers."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    return OmegaConf.to_container(foreign.load(run_dir / "config.yaml"))
 
 
 def describe(

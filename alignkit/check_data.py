@@ -256,7 +256,7 @@ def write_json(report: Report, path: Path) -> None:
         raise InputError(f"--json {path}: exists and is no report of `alignkit check`: name another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report.summary(), indent=1) + "\n")
+        path.write_text(json.dumps(report.summary(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"--json {path}: cannot be written: {first_line(error)}: name another file") from error
 

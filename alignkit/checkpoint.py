@@ -92,10 +92,10 @@ def publish(partial: Path, final: Path, state: dict[str, Any], keep_last: int, k
     Raises:
         RunError: it does not read back as it was written. Nothing was removed.
     """
-    (partial / "state.json").write_text(json.dumps(state))
+    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     digests = {path.relative_to(partial).as_posix(): digest(path) for path in files}
-    (partial / DIGESTS).write_text(json.dumps(digests, indent=1))
+    (partial / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
     for path in [*files, partial / DIGESTS, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
         sync(path)
     shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
@@ -153,7 +153,7 @@ def load(path: Path, generators: dict[str, torch.Generator], engines: dict[str, 
 def state_of(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint; {} where it has none that can be read."""
     try:
-        return json.loads((path / "state.json").read_text())
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -214,7 +214,7 @@ def steps(run_dir: Path) -> list[Path]:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        digests = json.loads((path / DIGESTS).read_text())
+        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
         for name, expected in digests.items():
             if not (path / name).is_file():
                 return f"{name} is missing"

@@ -113,6 +113,9 @@ class Data:
 
         Raises InputError, on one line, with the file, the row, the field, what was found, what is expected and the fix.
         """
+        kept: RowList | None = self.__dict__.pop("_next", None)
+        if kept is not None and kept.kind == kind:
+            return kept
         rows, said = RowList(), Counter[str]()
         rows.kind = kind
         for _, row in self.stream(kind, said):
@@ -127,6 +130,10 @@ class Data:
             raise InputError(f"data.path={self.path}: no rows{faulty}: expected at least one {kind} row")
         rows.notes = tuple(f"data.path={self.path}: {text.format(f'{count:,}')}" for text, count in said.items())
         return rows
+
+    def hand_out(self, rows: RowList) -> None:
+        """Let the next call of `rows` return these: what was checked is what is used, and is read once."""
+        self.__dict__["_next"] = rows
 
     def stream(self, kind: Kind, said: Counter[str]) -> Iterator[tuple[str, Row | InputError]]:
         """(where it stands, the validated row or why it is refused), one at a time; a refusal does not end it.

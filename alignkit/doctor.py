@@ -61,7 +61,7 @@ def _gold(folder: Path) -> dict[str, Any]:
     evaluation = folder.parent / "evaluate"
     if not (evaluation / "results.json").is_file():
         return {}
-    differences = json.loads((evaluation / "results.json").read_text())["differences"]
+    differences = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))["differences"]
     policies = _config(evaluation).get("policies") or {}
     ours = [name for name, path in policies.items() if Path(path).parts[-2:] == folder.absolute().parts[-2:]]
     return next((found for name in ours for key, found in differences.items() if key.startswith(f"{name}_minus_")), {})

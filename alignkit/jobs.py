@@ -187,7 +187,7 @@ def write_report(run: Path) -> None:
 
 def job_step(step: str, run_dir: Path) -> int:
     """alignkit job begin|end RUN_DIR, called by the batch script; its exit code."""
-    from alignkit import config, pipeline
+    from alignkit import config, pipeline, sharing
 
     manifest = artifacts.read_manifest(run_dir)
     if step not in ("begin", "end") or manifest is None:
@@ -198,7 +198,7 @@ def job_step(step: str, run_dir: Path) -> int:
         if manifest["status"] == "saved":
             return SAVED
         log = slurm.log_path(run_dir, manifest["stage"], os.environ.get("SLURM_JOB_ID", ""))
-        pipeline.conclude(run_dir, first_error(run_dir, manifest["started"]), log)
+        pipeline.conclude(run_dir, first_error(run_dir, manifest["started"], manifest.get("progress_from")), log)
         return 0
     if manifest["status"] == "done":
         print(f"{run_dir} is done")
@@ -206,19 +206,26 @@ def job_step(step: str, run_dir: Path) -> int:
     cfg = config.load(run_dir / "config.yaml", manifest["stage"])
     try:
         origin = pipeline.origin_of(cfg, pipeline.check_inputs(cfg, {}))
+        sharing.check_contents(cfg, manifest.get("checked", {}), origin["contents"], "the command that queued it")
     except InputError as error:
         artifacts.write_manifest(run_dir, status="failed", error=str(error))
         raise
     with artifacts.lock(run_dir):
-        pipeline.open_run(cfg, "running", origin, keep=KEPT)
+        queued = {key: manifest[key] for key in ("plan", "checked") if key in manifest}  # an attempt set aside had them
+        pipeline.open_run(cfg, "running", origin | queued, keep=KEPT)
     return 0
 
 
-def first_error(run_dir: Path, started: str) -> dict | None:
-    """The first error event of the attempt that started then."""
-    since = datetime.fromisoformat(started).timestamp()
-    errors = (event for event in read_jsonl(run_dir / PROGRESS) if "error" in event and event.get("time", 0) >= since)
-    return next(errors, None)
+def first_error(run_dir: Path, started: str, offset: int | None = None) -> dict | None:
+    """The first error event of the attempt that started then.
+
+    Args:
+        offset: bytes of its progress file that were there before; None: not known, then times tell, and where the clock
+            of the rank's node was behind, the last error counts.
+    """
+    errors = [event for event in read_jsonl(run_dir / PROGRESS, offset or 0) if "error" in event]
+    since = datetime.fromisoformat(started).timestamp() if offset is None else 0.0
+    return next((event for event in errors if event.get("time", 0) >= since), errors[-1] if errors else None)
 
 
 def main(arguments: Sequence[str], command: str) -> None:

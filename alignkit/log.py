@@ -56,11 +56,11 @@ def append_jsonl(path: Path, row: dict) -> None:
         file.write(line.encode())
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a file; [] where it does not exist. A line cut short by a kill is passed over."""
+def read_jsonl(path: Path, offset: int = 0) -> list[dict]:
+    """The objects of a file from a byte on; [] where it does not exist. A line cut short by a kill is passed over."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        for line in path.read_bytes()[offset:].decode(errors="replace").split("\n"):
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
                 if isinstance(row, dict):

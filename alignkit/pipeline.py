@@ -49,6 +49,8 @@ def run_stage(cfg: Any, label: str | None = None, prefix: str = "") -> float | N
                 return reuse(run_dir, made)
         held.enter_context(artifacts.lock(run_dir))
         (run_dir / scheduler.RECORD).unlink(missing_ok=True)  # of a job that has ended: it is this process now
+        if manifest is not None and has_checkpoint(run_dir) and (other := sharing.differences(manifest)):
+            print(f"{cfg.stage:<9} goes on with a checkpoint of other versions{other}")
         open_run(cfg, "running", origin)
         try:
             error = cfg.launcher.run(cfg.stage, run_dir, label or cfg.stage)
@@ -85,12 +87,17 @@ def open_run(cfg: Any, status: str, origin: dict[str, Any], keep: tuple[str, ...
     """
     from alignkit import artifacts
     from alignkit.config import config_hash, save
+    from alignkit.log import PROGRESS
 
     run_dir = cfg.run_dir
-    before = (artifacts.read_manifest(run_dir) or {}).get("status", "queued")
-    if before != "queued" and not [*run_dir.glob("checkpoints/step_*[0-9]")]:
+    before = artifacts.read_manifest(run_dir) or {}
+    if before.get("status", "queued") != "queued" and not has_checkpoint(run_dir):
         _set_aside(run_dir, keep)
+        before = {}
     save(cfg, run_dir / "config.yaml")
+    progress = run_dir / PROGRESS
+    made_with = {"git_commit": artifacts.git_commit(), "versions": artifacts.versions()}
+    made_with["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     artifacts.write_manifest(
         run_dir,
         stage=cfg.stage,
@@ -99,10 +106,15 @@ def open_run(cfg: Any, status: str, origin: dict[str, Any], keep: tuple[str, ...
         seed=cfg.seed,
         config_hash=config_hash(cfg),
         **origin,
-        git_commit=artifacts.git_commit(),
-        versions=artifacts.versions(),
-        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **made_with,
+        progress_from=progress.stat().st_size if progress.is_file() else 0,  # what is said before is of another attempt
+        attempts=[*before.get("attempts", []), *([made_with] if status == "running" else [])],  # all parts of a run
     )
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether an attempt left something to go on with."""
+    return any(run_dir.glob("checkpoints/step_*[0-9]"))
 
 
 def conclude(run_dir: Path, error: dict | None, log: Path) -> dict[str, Any]:
@@ -124,13 +136,17 @@ def conclude(run_dir: Path, error: dict | None, log: Path) -> dict[str, Any]:
         raise Saved(**manifest["saved"])
     if manifest.get("status") == "done":
         return manifest
+    full = ""
     if manifest.get("status") == "running":
         said = error["error"] if error else "its processes ended without a word"
-        artifacts.write_manifest(run_dir, status="failed", error=said)
+        try:
+            artifacts.write_manifest(run_dir, status="failed", error=said)
+        except OSError as why:
+            full = f"; its manifest still says running, since it cannot be written: {why.strerror}"
     reason = error["error"] if error else f"its processes ended without a word; last line: {_last_line(log)}"
     if error and error["kind"] == "input":
         raise InputError(f"{run_dir.name}: {reason} (log: {log})")
-    raise RunError(f"{run_dir.name} failed: {reason} (log: {log})")
+    raise RunError(f"{run_dir.name} failed: {reason}{full} (log: {log})")
 
 
 def previous(cfg: Any, origin: dict[str, Any], prefix: str = "") -> dict[str, Any] | None:
@@ -163,7 +179,7 @@ def previous(cfg: Any, origin: dict[str, Any], prefix: str = "") -> dict[str, An
     if not cfg.resume:
         more = ", or add resume=true" if manifest["status"] != "done" else ""
         raise InputError(f"{run_dir} exists (status {manifest['status']}): {fix}{more}")
-    if manifest["status"] == "done" or [*run_dir.glob("checkpoints/step_*[0-9]")]:
+    if manifest["status"] == "done" or has_checkpoint(run_dir):
         raise InputError(settings.refusal(cfg, manifest, origin, prefix))
     return manifest
 
@@ -279,6 +295,6 @@ def _set_aside(run_dir: Path, keep: tuple[str, ...]) -> None:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
     errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
     return (errors or lines or ["(the log is empty)"])[-1]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit import artifacts, config, pipeline, submit
+from alignkit import artifacts, config, pipeline, sharing, submit
 from alignkit.types import InputError
 
 CHECKPOINT = re.compile(r"(?:step_|checkpoint-)(\d+)")  # of PPO, and TRL's
@@ -75,4 +75,9 @@ def standing(run_dir: Path) -> str:
         return "done: skipped"
     steps = [int(found[1]) for path in run_dir.glob("checkpoints/*") if (found := CHECKPOINT.fullmatch(path.name))]
     why = f"{manifest['status']}{': ' + manifest['error'] if manifest.get('error') else ''}"
-    return f"goes on from checkpoint {max(steps)} ({why})" if steps else f"starts over, it left no checkpoint ({why})"
+    other = sharing.differences(manifest)
+    return (
+        f"goes on from checkpoint {max(steps)} ({why}){other}"
+        if steps
+        else f"starts over, it left no checkpoint ({why})"
+    )

@@ -37,9 +37,13 @@ def main() -> int:
 
 
 def sweep(run_dir: Path) -> None:
-    """Remove what adapters lay in on their way to an engine. A stage that stops early or fails leaves by no other door."""
-    for left in run_dir.glob("sync-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove what adapters lay in on their way to an engine, and checkpoints that were not written to their end.
+
+    A stage that stops early or fails leaves by no other door.
+    """
+    for pattern in ("sync-*", "checkpoints/*.partial", "checkpoints/partial"):
+        for left in run_dir.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def end_with_parent() -> None:
@@ -58,7 +62,7 @@ def work(stage: str, run_dir: Path, rank: int) -> None:
     Raises:
         Saved: it was asked to stop and saved; the manifest says so.
     """
-    from alignkit import artifacts, config, engine, hashes, interrupt
+    from alignkit import artifacts, config, engine, hashes, interrupt, sharing
     from alignkit.log import RunLog
     from alignkit.types import Saved
 
@@ -68,12 +72,16 @@ def work(stage: str, run_dir: Path, rank: int) -> None:
     if rank == 0:
         sweep(run_dir)  # of an attempt that was killed; the ranks of this one make theirs after they have met
 
+    held = (artifacts.read_manifest(run_dir) or {}).get("contents", {})
+    sharing.check_contents(cfg, held, sharing.contents(cfg, keep_rows=True), "the command")
+
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns in every process
     started = time.time()
-    with RunLog(run_dir, stage, rank, cfg.logger, artifacts.plain_config(run_dir)) as log:
+    told = {key: value for key, value in artifacts.plain_config(run_dir).items() if key != "launcher"}  # not its setup
+    with RunLog(run_dir, stage, rank, cfg.logger, told) as log:
         world = engine.start(log.note)
         try:
             metrics, facts = importlib.import_module(f"alignkit.stages.{stage}").main(cfg, world, log)
@@ -119,7 +127,7 @@ def peak_mib() -> float:
 
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return round(int(status.split("VmHWM:")[1].split()[0]) / 2**10, 1)
 
 

@@ -23,30 +23,57 @@ from typing import Any
 from alignkit import artifacts, hashes
 from alignkit.config import config_hash
 from alignkit.data import Data, fingerprint
+from alignkit.lock import NO_LOCKS
 from alignkit.types import InputError
 
 UNDER_WAY = ("queued", "running", "saved")
+PLANNED = "planned"  # what the hash begins with of what is not made yet
 
 
-def contents(cfg: Any, planned: dict[str, str] | None = None) -> dict[str, str]:
+def contents(cfg: Any, planned: dict[str, str] | None = None, keep_rows: bool = False) -> dict[str, str]:
     """{config key of a path: hash of what lies there} of a stage; of a hub id, the id itself.
 
     Args:
         planned: {folder of a stage that is not made yet: its address}, which stands for what will lie there.
+        keep_rows: the rows that are hashed are those that `cfg` hands out next: a file that changes later changes nothing.
     """
     from omegaconf import OmegaConf
 
     node = OmegaConf.structured(cfg)
     found = {}
-    for key, read in readers(cfg).items():
+    for key, read in readers(cfg, keep_rows).items():
         path = Path(OmegaConf.select(node, key))
         ahead = next((plan for folder, plan in (planned or {}).items() if Path(folder) in (path, path.parent)), None)
-        found[key] = read() if ahead is None else f"planned {ahead} {path.name if path.suffix else ''}"
+        found[key] = read() if ahead is None else f"{PLANNED} {ahead} {path.name if path.suffix else ''}"
     return found
 
 
-def readers(cfg: Any) -> dict[str, Callable[[], str]]:
-    """{config key of a path: what hashes what lies there now}; it raises InputError where nothing usable does."""
+def check_contents(cfg: Any, held: dict[str, str], now: dict[str, str], who: str) -> None:
+    """Refuse what is not as `who` found it, seconds or hours ago.
+
+    Args:
+        held: `contents` as it was then; keys of what was still to be made may lack.
+        now: as it is.
+
+    Raises:
+        InputError: naming the key, its path and both hashes.
+    """
+    from omegaconf import OmegaConf
+
+    for key, then in held.items():
+        if now.get(key, then) != then:
+            given = f"{key}={OmegaConf.select(OmegaConf.structured(cfg), key)}"
+            raise InputError(
+                f"{given} changed since {who} read it ({then} then, {now[key]} now): start again with it as it is, or put "
+                "it back as it was"
+            )
+
+
+def readers(cfg: Any, keep_rows: bool = False) -> dict[str, Callable[[], str]]:
+    """{config key of a path: what hashes what lies there now}; it raises InputError where nothing usable does.
+
+    `keep_rows`: the rows that are read are those that their node hands out next.
+    """
     found: dict[str, Callable[[], str]] = {}
     for role, path in cfg.inputs().items():
         if path:
@@ -56,7 +83,7 @@ def readers(cfg: Any) -> dict[str, Callable[[], str]]:
     data = {"data": cfg.data, "eval_data": getattr(cfg, "eval_data", None), "ptx.data": ptx and ptx.data}
     for name, node in data.items():
         if node is not None and node.path:
-            found[f"{name}.path"] = partial(_rows, node, "sft" if name == "ptx.data" else cfg.row_kind)
+            found[f"{name}.path"] = partial(_rows, node, "sft" if name == "ptx.data" else cfg.row_kind, keep_rows)
     for name, reward in getattr(cfg, "rewards", {}).items():
         if hasattr(reward, "load"):
             found[f"rewards.{name}.target"] = partial(_source, reward)
@@ -129,14 +156,26 @@ def turn(
     `doing`: what the other one does, as it is said to the user.
     """
     folder = runs_dir / ".addresses"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / wanted).open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / wanted).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error}): choose another runs_dir=, or mend its rights"
+        ) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             print(f"{stage:<9} waits for {file.read().strip() or 'another process'}, {doing}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when that process ends, however it ends
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise InputError(f"{folder} cannot be locked ({error}): choose another runs_dir=") from None
+            print(
+                f"{stage:<9} {folder}: its file system has no locks: who makes the same stage meanwhile makes it twice"
+            )
         file.truncate(0)
         file.write(f"{run_dir} (process {os.getpid()})")
         file.flush()
@@ -161,8 +200,11 @@ def _model(path: str, key: str) -> str:
     )
 
 
-def _rows(node: Data, kind: Any) -> str:
-    return fingerprint(node.rows(kind))
+def _rows(node: Data, kind: Any, keep: bool) -> str:
+    rows = node.rows(kind)
+    if keep:
+        node.hand_out(rows)
+    return fingerprint(rows)
 
 
 def _file(path: str) -> str:

@@ -39,10 +39,16 @@ class Task:
 
     stage: Any
     plan: str  # its address
+    contents: dict[str, str]  # what the address was made of
     after: list[Task | str]  # what must end well first: of the same queue, or the id of another job
     report: bool  # the last of a pipeline
     batch: list[Task] = field(default_factory=list)  # the tasks of its array in order; of a single job that one
     job: str = ""  # its id, once it is submitted
+
+    @property
+    def known(self) -> dict[str, str]:
+        """What lay there when it was queued; without what a job before it makes."""
+        return {key: found for key, found in self.contents.items() if not found.startswith(sharing.PLANNED)}
 
 
 class Queue:
@@ -105,7 +111,8 @@ class Queue:
             if cfg.resume and stage.run_dir.is_symlink() and not sharing.is_done(stage.run_dir):
                 stage.run_dir.unlink()  # to a stage of another run that did not end well, or has yet to be made
             sources = pipeline.check_inputs(stage, made)
-            plan = sharing.address(stage, sharing.contents(stage, {path: plans.get(path, path) for path in made}))
+            contents = sharing.contents(stage, {path: plans.get(path, path) for path in made})
+            plan = sharing.address(stage, contents)
             free = stage.reuse and not os.path.lexists(stage.run_dir)
             twin = others.get((stage.stage, plan)) if free else None
             if twin is None and not cfg.dry_run:
@@ -125,7 +132,7 @@ class Queue:
             else:
                 for job in stage.launcher.after:
                     before = joined(before, job)
-                tasks.append(Task(stage, plan, before, report=len(stages) > 1 and stage is stages[-1]))
+                tasks.append(Task(stage, plan, contents, before, report=len(stages) > 1 and stage is stages[-1]))
                 before = [tasks[-1]]
         pipeline.check_later(stages, made)
         return tasks, links
@@ -284,8 +291,10 @@ def open_job(task: Task, script: str) -> None:
     """Write what a queued job finds in its folder when it starts."""
     stage = task.stage
     (stage.run_dir / "logs").mkdir(parents=True, exist_ok=True)  # or the job ends without a word
-    pipeline.open_run(stage, "queued", NOTHING_KNOWN | {"plan": task.plan}, keep=("logs",))
-    (stage.run_dir / "submit.sbatch").write_text(script)
+    pipeline.open_run(stage, "queued", NOTHING_KNOWN | {"plan": task.plan, "checked": task.known}, keep=("logs",))
+    batch = stage.run_dir / "submit.sbatch"
+    batch.touch(0o600)  # launcher.setup may be nobody else's business
+    batch.write_text(script, encoding="utf-8")
     scheduler.write_record(stage.run_dir, task.job, ids(task.after))
     print(f"{stage.stage:<9} queued: job {task.job}")
 

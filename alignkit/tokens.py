@@ -161,7 +161,7 @@ def _loader(folder: Path, light: bool) -> Any:
     if light and (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
         import transformers
 
-        name = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+        name = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
         if name == "PreTrainedTokenizerFast":
             from transformers.tokenization_utils_tokenizers import TokenizersBackend as loader
         else:

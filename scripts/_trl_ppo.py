@@ -17,7 +17,7 @@ from transformers import (
 )
 from trl import PPOConfig, PPOTrainer
 
-settings = json.loads(open(sys.argv[1]).read())  # noqa: SIM115
+settings = json.loads(open(sys.argv[1], encoding="utf-8").read())  # noqa: SIM115
 torch.manual_seed(0)
 base = settings["base"]
 tokenizer = PreTrainedTokenizerFast(

@@ -97,7 +97,9 @@ def prepare(folder: Path) -> dict[str, str]:
         print(f"{model}: {len(rows)} rows and {len(pairs)} pairs of {PROMPT} + {ANSWER} tokens", flush=True)
         for name, lines in (("rows", rows), ("pairs", pairs)):
             inputs[f"{model}-{name}"] = str(folder / f"{model}-{name}.jsonl")
-            Path(inputs[f"{model}-{name}"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+            Path(inputs[f"{model}-{name}"]).write_text(
+                "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+            )
     return inputs
 
 

@@ -135,6 +135,13 @@ def test_the_error_of_this_attempt_and_not_of_the_one_before(tmp_path):
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now - 60))
     error = jobs.first_error(tmp_path, started)
     assert error is not None and error["error"] == "first"
+    # The clock of the rank's node may be behind: how long the file was when the attempt began tells more.
+    behind = {"error": "behind", "kind": "run", "rank": 1, "time": now - 9999}
+    size = (tmp_path / "logs" / "progress.jsonl").stat().st_size
+    with (tmp_path / "logs" / "progress.jsonl").open("a") as file:
+        file.write(json.dumps(behind) + "\n")
+    assert jobs.first_error(tmp_path, started, size) == behind
+    assert jobs.first_error(tmp_path, time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now + 60))) == behind
 
 
 @pytest.fixture

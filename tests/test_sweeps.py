@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from test_cli import command, invoke, make_work, refused, write_rows
 
 from alignkit import artifacts, cli, compare, config, lineage, pipeline, resume, sharing, sweep
+from alignkit.types import InputError, RunError
 
 
 @pytest.fixture
@@ -227,6 +229,15 @@ def test_jobs_of_a_sweep_get_folders_of_their_own(work):
     assert "run_name: new/optimizer.learning_rate=0.001,seed=0" in named
 
 
+def test_values_that_a_name_cannot_tell_apart_get_folders_of_their_own(work):
+    rows = [shutil.copy("answers.jsonl", work / name).name for name in ("a b.jsonl", "a+b.jsonl")]
+    swept = "data.path=" + ",".join(f"'{name}'" for name in rows)
+    result = invoke(*command("sft", swept, "dry_run=true", "-m", without="data.path"), cwd=work)
+    assert result.code == 0, result.err
+    named = [line for line in result.out.splitlines() if line.startswith("run_name:")]
+    assert named == ["run_name: new/data.path=a-b.jsonl", "run_name: new/data.path=a-b.jsonl,1"]
+
+
 def test_a_refused_job_of_a_sweep_is_said_and_the_others_go_on(work):
     result = invoke(*command("sft", "mini_batch_size=16,9,32", "dry_run=true", "-m"), cwd=work)
     assert result.code == 2
@@ -409,3 +420,90 @@ def test_a_run_that_was_moved_is_not_resumed_elsewhere(work):
     assert result.code == 2 and "move it back" in result.err
     assert resume.standing(work / "runs/renamed/sft").startswith("starts over")
     assert lineage.last_stage(work / "runs/renamed").name == "sft"
+
+
+# --------------------------------------------------------------------------------------- what was checked is what is used
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("data.path", lambda: write_rows(Path("prompts.jsonl"), {"prompt": "another"})),
+        ("rewards.mine.target", lambda: edit("mine.py", "1.0", "2.0")),
+        ("model.chat_template", lambda: Path("template.jinja").write_text("{{ messages[0].content }}")),
+        ("model.path", lambda: Path("model/model.safetensors").write_bytes(b"x" * 99)),
+    ],
+    ids=["rows", "reward", "template", "base"],
+)
+def test_a_rank_refuses_what_changed_after_the_command_read_it(work, key, change):
+    Path("mine.py").write_text("def score(prompts, responses, meta):\n    return [1.0] * len(responses)\n")
+    shutil.copy("model/chat_template.jinja", "template.jinja")
+    cfg = typed(
+        "evaluate", "+policies.a=model", "+reward@rewards.mine=function", "rewards.mine.target=mine.py:score",
+        "model.chat_template=template.jinja",
+    )  # fmt: skip
+    before = sharing.contents(cfg)
+    sharing.check_contents(cfg, before, sharing.contents(cfg), "the command")
+    change()
+    key = key if key != "model.path" else "policies.a"
+    with pytest.raises(
+        InputError, match=rf"{key}=.* changed since the command read it \([0-9a-f]{{16}} then"
+    ) as refusal:
+        sharing.check_contents(cfg, before, sharing.contents(cfg), "the command")
+    assert before[key] in str(refusal.value)
+
+
+def test_the_rows_that_were_compared_are_those_that_are_used(work):
+    cfg = typed("sft")
+    before = cfg.data.rows("sft")
+    sharing.contents(cfg, keep_rows=True)
+    write_rows(Path("answers.jsonl"), {"prompt": "later", "completion": "later"})
+    assert cfg.data.rows("sft") == before
+    assert [row["prompt"] for row in cfg.data.rows("sft")] == ["later"]  # once
+
+
+def test_a_run_that_goes_on_with_other_versions_says_so_and_keeps_both(work):
+    cfg = typed("sft", "run_name=mine")
+    cfg.run_dir.mkdir(parents=True)
+    for number, versions in enumerate(({"torch": "1.0.0"}, {"torch": "2.0.0"})):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(artifacts, "versions", lambda found=versions: found)
+            pipeline.open_run(cfg, "running", {"address": "a", "inputs": {}, "contents": {}})
+        if not number:
+            (cfg.run_dir / "checkpoints/step_000002").mkdir(parents=True)
+            artifacts.write_manifest(cfg.run_dir, status="saved")
+            assert "torch 1.0.0, here" in resume.standing(cfg.run_dir)
+    held = artifacts.read_manifest(cfg.run_dir)
+    assert held is not None and [attempt["versions"]["torch"] for attempt in held["attempts"]] == ["1.0.0", "2.0.0"]
+
+
+def test_a_full_disk_still_takes_the_word_that_a_run_failed(tmp_path, monkeypatch):
+    artifacts.write_manifest(tmp_path, stage="sft", status="running")
+    room = tmp_path / artifacts.SPARE
+    assert room.stat().st_size >= 2**14
+    write = artifacts.write_atomic
+
+    def full(path, text):
+        if room.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(artifacts, "write_atomic", full)
+    with pytest.raises(RunError, match="the reason"):
+        pipeline.conclude(tmp_path, {"error": "the reason", "kind": "run"}, tmp_path / "log")
+    held = artifacts.read_manifest(tmp_path)
+    assert held is not None and held["status"] == "failed" and not room.exists()
+    artifacts.write_manifest(tmp_path, status="running")
+    room.unlink()
+    monkeypatch.setattr(artifacts, "write_atomic", lambda *_: full(room.touch() or room, ""))
+    with pytest.raises(RunError, match=r"still says running.*No space left"):
+        pipeline.conclude(tmp_path, None, tmp_path / "log")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_who_waits_for_a_turn(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with (
+        pytest.raises(InputError, match=r"cannot be written.*choose another runs_dir="),
+        sharing.turn(tmp_path / "runs", "a", "sft", tmp_path),
+    ):
+        pass

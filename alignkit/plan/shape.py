@@ -190,7 +190,7 @@ def read_shape(base: str) -> Shape:
             f"`hf download {base} config.json`"
         )
     try:
-        return Shape.read(json.loads(path.read_text()), str(path))
+        return Shape.read(json.loads(path.read_text(encoding="utf-8")), str(path))
     except ValueError as error:
         if isinstance(error, InputError):
             raise

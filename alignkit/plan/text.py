@@ -75,13 +75,17 @@ def detect() -> memory.Device:
     """The smallest GPU that `nvidia-smi` names, else the memory of this machine or of its container."""
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
         sizes = [float(line) for line in done.stdout.split() if line.replace(".", "").isdigit()]
         if done.returncode == 0 and sizes:
             return memory.Device(min(sizes) * memory.MIB, True)
-    total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
+    total = next(
+        int(line.split()[1])
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        if "MemTotal" in line
+    )
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     return memory.Device(min(total * 1024, float(text) if text.isdigit() else float("inf")), False)
 
 

@@ -208,7 +208,11 @@ class Context:
 def stored_rank(law: Sampling, sources: Iterable[ModelSource]) -> int | None:
     """The largest rank of the adapters of policies that do not train, for an engine that takes nothing else."""
     files = [source.adapter / "adapter_config.json" for source in sources if source.adapter is not None]
-    return max((json.loads(file.read_text())["r"] for file in files), default=None) if law.adapters_only else None
+    return (
+        max((json.loads(file.read_text(encoding="utf-8"))["r"] for file in files), default=None)
+        if law.adapters_only
+        else None
+    )
 
 
 def stored_policy(source: ModelSource, weights: Callable[[], Iterable[tuple[str, Tensor]]]) -> Payload:
