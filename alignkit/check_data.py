@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from alignkit import artifacts, sources
+from alignkit import artifacts, sources, terminal
 from alignkit.chat import date_to_tell
 from alignkit.config import STAGES
 from alignkit.data import Data, Kind
@@ -306,7 +306,8 @@ def main(arguments: list[str], compose: Callable[[str, list[str]], Any]) -> int:
         report = check_stage(composed, stage, STAGES[stage].row_kind, options["against"], tick)
     if target:
         write_json(report, target)
-    print_report(report, Console(width=None if sys.stdout.isatty() else 140))
+    screen: Any = terminal.Screen(sys.stdout)
+    print_report(report, Console(width=None if sys.stdout.isatty() else 140, file=screen))
     if report.refused and composed.data.faulty == "refuse":
         fix = "mend or remove those above, or set data.faulty=leave_out"
         raise InputError(f"{report.refused:,} rows would be refused: {fix}")

@@ -110,8 +110,7 @@ def _exit_codes() -> Iterator[None]:
     except InputError as error:
         _refuse(str(error))
     except RunError as error:
-        print(f"alignkit: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _refuse(str(error), 1)
 
 
 @contextlib.contextmanager
@@ -130,13 +129,15 @@ def _long_names_refused() -> Iterator[None]:
 
 def _tool(command: str, arguments: list[str]) -> None:
     """Run a command about runs that exist."""
-    from alignkit import compare, doctor, jobs, lineage, resume
+    from alignkit import compare, doctor, jobs, lineage, resume, terminal
 
     if {"-h", "--help"} & set(arguments) or not [a for a in arguments if not a.startswith("-")]:
         more = sys.modules.get(f"alignkit.{command}", jobs).__doc__
         return print(f"usage: alignkit {command} {TOOLS.get(command, '')}\n{more}")
     own = {"compare": compare, "doctor": doctor, "lineage": lineage, "resume": resume}
-    own[command].main(arguments) if command in own else jobs.main(arguments, command)
+    reads = command not in ("resume", "job")  # those run stages, with a line that moves
+    with contextlib.redirect_stdout(terminal.Screen(sys.stdout)) if reads else contextlib.nullcontext():
+        own[command].main(arguments) if command in own else jobs.main(arguments, command)
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
@@ -348,6 +349,8 @@ def explain(error: Exception, command: str, typed: list[str]) -> str:
     return f"no config key {key!r}{f': did you mean {near}?' if near else ''} (alignkit {command} --cfg job lists them all)"
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"alignkit: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _refuse(message: str, code: int = 2) -> NoReturn:
+    from alignkit.terminal import shown
+
+    print(f"alignkit: {shown(message)}", file=sys.stderr)
+    raise SystemExit(code)

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from alignkit import artifacts, lock
+from alignkit import artifacts, lock, terminal
 from alignkit.launch import scheduler, slurm
 from alignkit.log import PROGRESS, read_jsonl
 from alignkit.types import InputError, RunError
@@ -135,7 +135,9 @@ def show_logs(run: Path, *flags: str) -> None:
     # A task of an array opens a log of Slurm's that stays empty.
     newest = max(logs, key=lambda path: (path.stat().st_size > 0, path.stat().st_mtime))
     print(f"==> {newest}", flush=True)
-    os.execvp("tail", ["tail", *(["-F"] if "-f" in flags else []), *(f for f in flags if f != "-f"), "--", str(newest)])
+    tail = ["tail", *(["-F"] if "-f" in flags else []), *(f for f in flags if f != "-f"), "--", str(newest)]
+    if code := terminal.follow(tail):
+        sys.exit(code)
 
 
 def cancel(run: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from alignkit.terminal import shown
+
 
 def follow(path: Path, process: Any, label: str, console: Any = None, offset: int = 0) -> dict | None:
     """Draws the progress of `process` (a Popen) until it ends, from the events it appends to `path`.
@@ -35,7 +37,7 @@ def follow(path: Path, process: Any, label: str, console: Any = None, offset: in
                 if "error" in event:
                     first_error = first_error or event
                 elif "note" in event:
-                    screen.note(str(event["note"]))
+                    screen.note(shown(str(event["note"])))
                 elif "what" in event:
                     view.add(event)
                     screen.moved()

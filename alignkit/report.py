@@ -17,6 +17,7 @@ from typing import Any
 
 from alignkit.log import plain, read_jsonl, write_atomic
 from alignkit.progress import clock, short
+from alignkit.terminal import shown
 
 STAGES = ("sft", "sample", "reward", "ppo", "evaluate")
 POLICIES = ("base", "sft", "ppo")
@@ -102,9 +103,8 @@ def prompt_text(prompt: Any) -> str:
 
 
 def visible(text: Any, limit: int = 600) -> str:
-    """Model text that is safe to print: no control characters, one blank line at most, cut at `limit`."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", str(text))
-    text = re.sub(r"\s*\n\s*", "\n", text.strip())
+    """Model text that is safe to print: control characters as escapes, one line break at a time, cut at `limit`."""
+    text = shown(re.sub(r"\s*\n\s*", "\n", str(text).strip()))
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 

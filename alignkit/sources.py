@@ -36,6 +36,10 @@ INFOS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.
 def check(path: str) -> None:
     """Raise InputError where `path` can be seen to name nothing, without reading what it names."""
     given = Path(path).expanduser()
+    if given.exists() and not (given.is_file() or given.is_dir()):  # <(zcat x.gz), too: rows are read several times
+        raise InputError(
+            f"data.path={path}: a pipe or a device, which is read once: write its rows to a file, and give that"
+        )
     if given.exists() or not looks_like_a_file(path):
         return
     if is_pattern(given):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from test_cli import command, invoke, make_work, refused
 
-from alignkit import check_config, cli, config, credentials, foreign, rendezvous
+from alignkit import artifacts, check_config, cli, config, credentials, foreign, rendezvous, terminal
 from alignkit.launch import scheduler
 from alignkit.launch.slurm import Slurm
 from alignkit.types import InputError, RunError
@@ -209,3 +210,47 @@ def test_what_the_shell_says_to_sbatch_does_not_overrule_the_launcher():
 def test_nothing_ends_the_line_of_a_directive(field, value):
     with pytest.raises(InputError, match=f"launcher.{field}="):
         Slurm(**{field: value}).check()
+
+
+# ----------------------------------------------------------------------------------------------------------- terminals
+
+HOSTILE_TEXT = "\x1b[2J\x1b]0;title\x07done\rfailed\x9b1A\u202e"
+AS_SHOWN = r"\x1b[2J\x1b]0;title\x07done\rfailed\x9b1A\u202e"
+
+
+def test_no_text_of_a_run_moves_the_cursor(work):
+    run = work / "runs/hostile/sft"
+    (run / "logs").mkdir(parents=True)
+    artifacts.write_manifest(run, stage="sft", status="failed", error=HOSTILE_TEXT, metrics={"eval_loss": 1.0})
+    (run / "logs/sft.log").write_text(f"{HOSTILE_TEXT}\n", newline="")
+    (run / "config.yaml").write_text('run_name: hostile\nruns_dir: runs\nseed: "\\e[2J"\n')
+    for line in (["status", "runs/hostile"], ["report", "runs/hostile"], ["resume", "runs/hostile/sft", "--dry-run"]):
+        result = invoke(*line, cwd=work)
+        assert not moving(result.out + result.err), (line, result)
+    assert AS_SHOWN in invoke("status", "runs/hostile", cwd=work).out
+    logs = subprocess.run(
+        [sys.executable, "-m", "alignkit", "logs", "runs/hostile", "-n", "1"], cwd=work, capture_output=True, text=True
+    )
+    assert logs.returncode == 0 and logs.stdout.endswith(AS_SHOWN.replace(r"\r", "\n") + "\n"), logs  # as bars have it
+    assert not moving((work / "runs/hostile/report.html").read_text())
+    result = invoke(*command("sft", "run_name=x", "data.path='\x1b[2J.jsonl'", without="data.path"), cwd=work)
+    assert result.code == 2 and not moving(result.err)
+
+
+def moving(text: str) -> list[str]:
+    return [c for c in text if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 or c == "\u202e"]
+
+
+def test_colours_pass_and_what_wipes_does_not():
+    held = io.StringIO()
+    print("\x1b[1;32mgreen\x1b[0m \x1b[2K end \x1b[31", file=terminal.Screen(held))
+    assert held.getvalue() == "\x1b[1;32mgreen\x1b[0m \\x1b[2K end \\x1b[31\n"
+
+
+def test_what_is_read_once_is_refused(work):
+    os.mkfifo(work / "pipe.jsonl")
+    for line in (
+        command("sft", "data.path=pipe.jsonl", without="data.path"),
+        ["check", "data", "sft", "data.path=pipe.jsonl"],
+    ):
+        refused(work, line, "data.path=pipe.jsonl: a pipe or a device", "to a file")
