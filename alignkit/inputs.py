@@ -31,6 +31,7 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
     said = _template(cfg, speaks, sources) if weights else []
     said += _rewards(cfg, sources, weights)
     said += _rows(cfg, later, speaks if weights else None)
+    said += cfg.rollout.notes() if hasattr(cfg, "rollout") else []
     for line in said if tell else ():
         print(f"{cfg.stage:<9} {line}")
     return sources

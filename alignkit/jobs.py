@@ -49,7 +49,8 @@ def standing(manifest: dict[str, Any], job: scheduler.Job | None, held: bool, pr
         held: a process of this machine works on it.
         progress: the last line of progress in words.
     """
-    stage, status, number = manifest["stage"], manifest["status"], job.id if job else ""
+    stage, status = manifest.get("stage", "?"), manifest.get("status", "")  # it may be half written
+    number = job.id if job else ""
     error = manifest.get("error") or ""
     if status in ("done", "failed"):
         return Standing(stage, status, number, progress if status == "done" else error)

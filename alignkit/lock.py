@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +76,12 @@ def hold(folder: Path) -> IO[str]:
     with contextlib.suppress(OSError):  # no locks there: `workers` finds the open file
         fcntl.flock(file, fcntl.LOCK_SH)
     return file
+
+
+def sockets(folder: Path) -> Path:
+    """Where the sockets of a run's servers lie: a name of a socket has 107 bytes at most, and a run's folder may be deep."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"alignkit-{os.getuid()}-{name}"
 
 
 def is_held(folder: Path) -> bool:

@@ -14,12 +14,13 @@ import time
 import traceback
 from pathlib import Path
 
+from alignkit import lock
+
 
 def main() -> int:
     """The exit code: 0 done, 1 failed, 2 an input was refused, 75 asked to stop early and saved."""
     end_with_parent()
     stage, run_dir, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
-    from alignkit import lock
     from alignkit.types import Saved
 
     held = lock.hold(run_dir)  # open until this process ends
@@ -37,10 +38,11 @@ def main() -> int:
 
 
 def sweep(run_dir: Path) -> None:
-    """Remove what adapters lay in on their way to an engine, and checkpoints that were not written to their end.
+    """Remove what adapters lay in on their way to an engine, sockets, and checkpoints that were not written to their end.
 
     A stage that stops early or fails leaves by no other door.
     """
+    shutil.rmtree(lock.sockets(run_dir), ignore_errors=True)
     for pattern in ("sync-*", "checkpoints/*.partial", "checkpoints/partial"):
         for left in run_dir.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)

@@ -15,6 +15,7 @@ from test_cli import command, invoke, make_work, refused
 from alignkit import artifacts, check_config, cli, config, credentials, foreign, rendezvous, terminal
 from alignkit.launch import scheduler
 from alignkit.launch.slurm import Slurm
+from alignkit.rollout.server import Server
 from alignkit.types import InputError, RunError
 
 # Each makes the file `pwned` where Hydra is let have it.
@@ -132,6 +133,15 @@ def test_keys_of_the_environment_do_not_reach_the_config(work, monkeypatch):
     given = ["launcher=slurm", "+launcher.env.WANDB_API_KEY=${oc.env:WANDB_API_KEY}", "dry_run=true"]
     result = invoke(*command("sft", *given), cwd=work)
     assert result.code == 2 and "launcher.env.WANDB_API_KEY" in result.err and "0" * 40 not in result.err + result.out
+
+
+def test_a_key_that_travels_in_the_clear_is_said(monkeypatch):
+    monkeypatch.setenv("ALIGNKIT_SERVER_KEY", "k" * 20)
+    assert "unencrypted" in Server(urls=["http://node7:8000"]).notes()[0]
+    for urls in (["https://node7:8000"], ["http://127.0.0.1:8000"], ["http://localhost:1"], ["http://[::1]:8"], []):
+        assert Server(urls=urls).notes() == []
+    monkeypatch.delenv("ALIGNKIT_SERVER_KEY")
+    assert Server(urls=["http://node7:8000"]).notes() == []
 
 
 # ------------------------------------------------------------------------------------------------------- rendezvous

@@ -143,7 +143,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("algorithms", "data", "engine", "explain", "finetune", "launch", "log", "models", "rewards", "rollout"),
         *("credentials", "foreign", "names", "rules", "settings", "types", "zero"),
     },
-    "rollout": {"architectures", "batches", "models", "tokens", "types"},
+    "rollout": {"architectures", "batches", "lock", "models", "tokens", "types"},
     "rewards": {"batches", "models", "report_card", "tokens", "types"},
     "finetune": {"adapters", "architectures", "loaded", "models", "score_heads", "types"},
     "algorithms": {"types"},

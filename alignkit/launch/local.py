@@ -73,7 +73,8 @@ class Local:
         """
         log = run_dir / "logs" / f"{stage}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = self.command(stage, run_dir, self.port or free_port())
+        port = self.port or free_port()
+        command = self.command(stage, run_dir, port)
         environment = os.environ | self.environment(len(os.sched_getaffinity(0)))
         environment.pop("HYDRA_FULL_ERROR", None)
         progress = run_dir / PROGRESS
@@ -100,6 +101,8 @@ class Local:
                 raise
             finally:
                 end_group(process)
+                for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # of ranks killed early
+                    buffer.unlink(missing_ok=True)
 
 
 def explained(error: dict | None, code: int) -> dict | None:

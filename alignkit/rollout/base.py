@@ -57,6 +57,10 @@ class Sampling:
             if getattr(self, name) != plain
         )
 
+    def notes(self) -> list[str]:
+        """What a person should know before it starts."""
+        return []
+
     def check_unbiased(self, kl_target: float | None = None) -> None:
         """Raise InputError where the sampler's law is not the policy's: the KL to the reference would be wrong.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.lock import sockets
 from alignkit.ranges import num
 from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
 from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
@@ -53,6 +55,15 @@ class Server(Sampling):
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise InputError(f"rollout.urls: {url!r} is no URL, expected http://host:port")
+
+    def notes(self) -> list[str]:
+        """What a person should know before it starts: who can read the key on its way."""
+        open_ = [url for url in self.urls if re.match(r"http://(?!127\.|localhost\b|\[::1\])", url)]
+        if not (open_ and os.environ.get(self.api_key_env)):
+            return []
+        return [
+            f"rollout.urls={open_[0]}: the key in {self.api_key_env} goes there unencrypted: use https://, or a tunnel"
+        ]
 
     def start(self, context: Context) -> ServerSampler:
         """Start the servers, or greet those given, and wait until all are healthy."""
@@ -117,12 +128,20 @@ class ServerSampler:
     def launch(self, number: int) -> Replica:
         """Start a server process in a group of its own; its output goes to logs/server_<n>.log."""
         host, port, prefix = place(number)
+        environment = serve_environment(self.sampling, self.key)
+        if (
+            not prefix and self.context.scratch
+        ):  # its sockets, which it leaves in the temporary folder where it is killed
+            place_of_sockets = sockets(self.context.scratch)
+            place_of_sockets.mkdir(mode=0o700, exist_ok=True)
+            if place_of_sockets.stat().st_uid == os.getuid():
+                environment["VLLM_RPC_BASE_PATH"] = str(place_of_sockets)
         log = (self.context.scratch or self.folder) / "logs" / f"server_{number}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             process = subprocess.Popen(
                 [*prefix, *serve_command(self.sampling, self.context, host, port)], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-                start_new_session=True, preexec_fn=_end_with_parent, env=serve_environment(self.sampling, self.key),
+                start_new_session=True, preexec_fn=_end_with_parent, env=environment,
             )  # fmt: skip
         return Replica(f"http://{host}:{port}", log, process)
 
