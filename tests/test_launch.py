@@ -110,7 +110,7 @@ ENDLESS = """
 import os, time
 from alignkit.run import end_with_parent
 end_with_parent()
-print("AT WORK", os.environ["RANK"], os.getpid(), flush=True)
+os.write(1, f"AT WORK {os.environ['RANK']} {os.getpid()}\\n".encode())  # at once, or the lines of two ranks mix
 time.sleep(300)
 """
 
@@ -120,7 +120,9 @@ def test_no_rank_outlives_the_launcher(tmp_path):
     assert process.stdout is not None
     ranks = []
     while len(ranks) < 2:
-        words = process.stdout.readline().split()
+        line = process.stdout.readline()
+        assert line, "the launcher ended"
+        words = line.split()
         ranks += [int(words[3])] if words[:2] == ["AT", "WORK"] else []
     process.kill()
     end = time.monotonic() + 10
