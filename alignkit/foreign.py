@@ -50,7 +50,7 @@ def check(path: Path) -> None:
 def folders(words: Sequence[str]) -> list[Path]:
     """Where a command line says that further config files lie: --config-dir and hydra.searchpath."""
     found: list[str] = []
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words, ""][1:], strict=True):
         flag, _, value = word.partition("=")
         if flag in ("--config-dir", "-cd"):
             found.append(value or after)
