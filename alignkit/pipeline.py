@@ -137,13 +137,16 @@ def conclude(run_dir: Path, error: dict | None, log: Path) -> dict[str, Any]:
     if manifest.get("status") == "done":
         return manifest
     full = ""
+    silent = "its processes ended without a word"
+    if shutil.disk_usage(run_dir).free < 2**18:
+        silent = f"no space is left on the disk of {run_dir}"
     if manifest.get("status") == "running":
-        said = error["error"] if error else "its processes ended without a word"
+        said = error["error"] if error else silent
         try:
             artifacts.write_manifest(run_dir, status="failed", error=said)
         except OSError as why:
             full = f"; its manifest still says running, since it cannot be written: {why.strerror}"
-    reason = error["error"] if error else f"its processes ended without a word; last line: {_last_line(log)}"
+    reason = error["error"] if error else f"{silent}; last line: {_last_line(log)}"
     if error and error["kind"] == "input":
         raise InputError(f"{run_dir.name}: {reason} (log: {log})")
     raise RunError(f"{run_dir.name} failed: {reason}{full} (log: {log})")

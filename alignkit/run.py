@@ -115,6 +115,8 @@ def report(error: Exception, run_dir: Path, rank: int) -> int:
     traceback.print_exc()
     try:
         event = {"error": said, "kind": kind, "rank": rank, "time": round(time.time(), 3)}
+        if rank == 0 and shutil.disk_usage(run_dir).free < 2**18:
+            (run_dir / artifacts.SPARE).unlink(missing_ok=True)  # a full disk takes these words in its place
         append_jsonl(run_dir / PROGRESS, event)
         if rank == 0:
             artifacts.write_manifest(run_dir, status="failed", error=f"{type(error).__name__}: {error}")

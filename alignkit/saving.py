@@ -114,13 +114,13 @@ def rehearse(folder: Path, tokenizer: Any, model: PreTrainedModel | Any) -> None
 
 
 def check_room(folder: Path, model: int, checkpoint: int, checkpoints: int) -> None:
-    """Raise InputError where the disk has no room for a model of so many bytes and so many checkpoints of so many."""
+    """Raise RunError where the disk has no room for a model of so many bytes and so many checkpoints of so many."""
     there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
     needed, free = model + max(checkpoints * checkpoint - there, 0), shutil.disk_usage(folder).free
     if needed > free:
         kept = f" and {checkpoints} checkpoints of {checkpoint / MIB:,.1f} MiB" if checkpoints else ""
-        raise InputError(
-            f"{folder}: {needed / MIB:,.1f} MiB are still to be written (a model of {model / MIB:,.1f} MiB{kept}), "
+        raise RunError(
+            f"{folder}: {needed / MIB:,.1f} MiB of space are still to be written (a model of {model / MIB:,.1f} MiB{kept}), "
             f"{free / MIB:,.1f} MiB are free there: make room, choose another runs_dir=, or lower keep_last="
         )
 

@@ -84,7 +84,7 @@ def test_a_checkpoint_that_is_there_takes_no_more_room(tmp_path, monkeypatch):
         if fits:
             saving.check_room(tmp_path, 50, 100, 3)
         else:
-            with pytest.raises(InputError, match="make room, choose another runs_dir=, or lower keep_last="):
+            with pytest.raises(RunError, match="make room, choose another runs_dir=, or lower keep_last="):
                 saving.check_room(tmp_path, 50, 100, 3)
 
 
