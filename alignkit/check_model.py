@@ -121,12 +121,15 @@ def read_header(file: Path, key: str) -> Headers:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
+            if length > score_heads.HEADER_LIMIT:
+                raise ValueError(f"a header of {length:,} bytes, expected {score_heads.HEADER_LIMIT:,} at most")
             header = json.loads(stream.read(length)) if 8 + length <= size else None
         entries = {name: entry for name, entry in (header or {}).items() if name != "__metadata__"}
         ends = [entry["data_offsets"][1] for entry in entries.values()]
         found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{key}: {file} is no safetensors file ({type(error).__name__}): copy it again") from None
+        said = f"{error}" if "header of" in str(error) else type(error).__name__
+        raise InputError(f"{key}: {file} is no safetensors file ({said}): copy it again") from None
     whole = 8 + length + max(ends, default=0)
     if header is None or whole != size:
         raise InputError(f"{key}: {file} has {size} bytes, expected {whole}: it was cut off; copy it again")

@@ -81,6 +81,14 @@ def test_weights_that_are_not_the_architectures_are_refused_from_their_headers_a
         load(folder)
 
 
+def test_a_header_that_claims_gigabytes_is_not_read(folder):
+    with (folder / "model.safetensors").open("wb") as file:  # sparse: takes no disk
+        file.write(((8 << 30) - 8).to_bytes(8, "little"))
+        file.truncate(8 << 30)
+    with pytest.raises(InputError, match=r"a header of 8,589,934,584 bytes, expected 100,000,000 at most"):
+        check(folder)
+
+
 def test_a_whole_model_passes_both(folder):
     assert check(folder)["model_type"] == "llama"
     rewrite(folder, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})

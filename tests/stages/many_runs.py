@@ -20,7 +20,7 @@ from pathlib import Path
 import faults
 import torch
 
-from alignkit import artifacts, config, engine
+from alignkit import artifacts, config, engine, hashes
 from alignkit.cli import conf_dir
 from alignkit.log import RunLog
 
@@ -38,6 +38,7 @@ def run(stage: str, overrides: list[str], world: engine.World) -> None:
     with RunLog(cfg.run_dir, stage, world.rank, cfg.logger, {}) as log:
         measured, facts = importlib.import_module(f"alignkit.stages.{stage}").main(cfg, world, log)
     if world.rank == 0:
+        facts = hashes.record(facts, cfg.run_dir, cfg.verify)
         artifacts.write_manifest(cfg.run_dir, stage=stage, **facts, metrics=measured, status="done")
     world.barrier()
 

@@ -52,8 +52,12 @@ def test_a_checkpoint_is_the_model_of_its_step(cell, kept):
     assert checkpoint.damage(folder) is None
     source = artifacts.resolve_model(str(folder))
     assert (source.run, source.adapter is None) == (folder, cell[1] == "full")
-    for fact in ("base_model", "adapter", "tokenizer_hash", "data_hash", "stage"):
+    for fact in ("adapter", "tokenizer_hash", "data_hash", "stage"):
         assert manifest(folder)[fact] == manifest(end)[fact]
+    bases = [manifest(place)["base_model"] for place in (folder, end)]
+    assert bases[0] | {"beside": ""} == bases[1] | {"beside": ""}
+    for place, base in zip((folder, end), bases, strict=True):
+        assert (place / base["beside"]).resolve() == Path(base["absolute"])
     files = {path.name for path in (end / "model").iterdir() if path.suffix in hashes.MODEL_FILES}
     assert files <= {path.name for path in (folder / "model").iterdir()}
     for path in (end / "model").glob("*.safetensors"):
