@@ -65,8 +65,8 @@ def compare(runs, stage):
         assert len(alike) >= 2 and len(alike[0]["steps"]) == EPOCHS * -(-ROWS // mini)
         for other in alike[1:]:
             for ours, theirs in zip(alike[0]["steps"], other["steps"], strict=True):
-                assert ours.keys() == theirs.keys()
-                for name in ours:
+                assert ours.keys() ^ theirs.keys() <= {"train/grad_norm"}  # of no ZeRO stage DeepSpeed tells none
+                for name in ours.keys() & theirs.keys():
                     assert theirs[name] == pytest.approx(ours[name], abs=2e-6, rel=1e-5), name
             for name, value in alike[0]["metrics"].items():
                 assert other["metrics"][name] == pytest.approx(value, abs=2e-6, rel=1e-5), name
