@@ -1,6 +1,6 @@
 """`python -m alignkit` is `alignkit`."""
 
-from alignkit.cli import main
+from alignkit.cli.entry import main
 
 if __name__ == "__main__":
     main()

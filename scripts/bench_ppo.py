@@ -26,13 +26,16 @@ from pathlib import Path
 
 import torch
 
-from alignkit import artifacts, batches, config, tokens
-from alignkit.cli import conf_dir
-from alignkit.engine import Engine, World, start
-from alignkit.log import Clock
+from alignkit.cli.entry import conf_dir
+from alignkit.config import stages
+from alignkit.data import encode
 from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
+from alignkit.runs import manifest
 from alignkit.stages import ppo
+from alignkit.tracking.run_log import Clock
+from alignkit.training import batches
+from alignkit.training.engine import Engine, World, start
 
 QUICKSTART = [
     "run_name=bench", "data.path=demo:chitchat/train", "max_prompt_length=72", "finetune.last_layers=6",
@@ -105,7 +108,7 @@ def main() -> None:
     os._exit(0)  # engines leave threads behind
 
 
-def compose(overrides: list[str], llama: bool) -> config.PPO:
+def compose(overrides: list[str], llama: bool) -> stages.PPO:
     """The quickstart's PPO with these overrides, as `alignkit ppo` composes it."""
     from hydra import compose, initialize_config_dir
 
@@ -113,9 +116,9 @@ def compose(overrides: list[str], llama: bool) -> config.PPO:
     model = [] if any(o.startswith("model.path=") for o in overrides) else [
         f"model.path={random_llama() if llama else 'demo:smollm2-135m-instruct'}"
     ]  # fmt: skip
-    config.register()
+    stages.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return config.to_config(compose("ppo", [*base, *model, *overrides]), "ppo")
+        return stages.to_config(compose("ppo", [*base, *model, *overrides]), "ppo")
 
 
 def random_llama() -> Path:
@@ -124,7 +127,7 @@ def random_llama() -> Path:
 
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    demo = Path(artifacts.resolve_model("demo:smollm2-135m-instruct").base)
+    demo = Path(manifest.resolve_model("demo:smollm2-135m-instruct").base)
     folder = Path(tempfile.mkdtemp(prefix="alignkit-llama-"))
     for file in demo.glob("*token*"):
         shutil.copy(file, folder)
@@ -149,14 +152,14 @@ def one_process() -> World:
     return start()
 
 
-def build(cfg: config.PPO, world: World) -> tuple:
+def build(cfg: stages.PPO, world: World) -> tuple:
     """Roles, engines, sampler, reward and a batch of prompts, made as the stage makes them."""
-    source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.load_tokenizer(source.tokenizer)
-    prompts, _ = tokens.prompt_dataset(cfg.data.rows("prompt"), tokenizer, cfg.max_prompt_length)
-    order = tokens.PromptSampler(len(prompts), cfg.seed)
+    source = manifest.resolve_model(cfg.model.path)
+    tokenizer = encode.load_tokenizer(source.tokenizer)
+    prompts, _ = encode.prompt_dataset(cfg.data.rows("prompt"), tokenizer, cfg.max_prompt_length)
+    order = encode.PromptSampler(len(prompts), cfg.seed)
     drawn = [prompts[i] for i in order.next(cfg.rollout_batch_size // cfg.group_size)]
-    batch = tokens.collate_prompts(drawn, tokenizer.pad_token_id)
+    batch = encode.collate_prompts(drawn, tokenizer.pad_token_id)
     critic = cfg.critic if cfg.algorithm.needs_critic else None
     roles = cfg.finetune.roles(cfg.model, source, None, len(tokenizer), critic, cfg.seed).to(world.device).eval()
     bare_roles = cfg.finetune.roles(cfg.model, source, None, len(tokenizer), critic, cfg.seed).to(world.device).eval()
@@ -176,7 +179,7 @@ def build(cfg: config.PPO, world: World) -> tuple:
     return roles, bare_roles, engines, sampler, score, batch
 
 
-def run_bare(cfg: config.PPO, roles: torch.nn.Module, experience, world: World) -> None:
+def run_bare(cfg: stages.PPO, roles: torch.nn.Module, experience, world: World) -> None:
     """Forward and backward of every role that trains, over the micro-batches of one round of updates."""
     mask = experience.response_mask
     for _ in range(cfg.algorithm.ppo_epochs):
@@ -215,7 +218,7 @@ def peak_mib() -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
-def update_flops(cfg: config.PPO, roles: torch.nn.Module, trained: int, answered: int) -> float:
+def update_flops(cfg: stages.PPO, roles: torch.nn.Module, trained: int, answered: int) -> float:
     """Matrix-product FLOPs of a round of updates over `trained` tokens, `answered` of them in responses.
 
     2 a weight and token forward, 2 backward through a frozen weight, 4 through a trained one. Attention scores, adapters

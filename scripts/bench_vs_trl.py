@@ -85,12 +85,13 @@ def make_env(folder: Path) -> str:
 
 def write_settings(folder: Path, args: argparse.Namespace) -> Path:
     """What both sides run, as JSON."""
-    from alignkit import artifacts, tokens
-    from alignkit.data import Data
+    from alignkit.data import encode
+    from alignkit.data.dataset import Data
+    from alignkit.runs import manifest
 
-    source = artifacts.resolve_model("demo:smollm2-135m-instruct")
-    tokenizer = tokens.load_tokenizer(source.tokenizer)
-    prompts, _ = tokens.prompt_dataset(Data(path="demo:chitchat/train").rows("prompt"), tokenizer, 64)
+    source = manifest.resolve_model("demo:smollm2-135m-instruct")
+    tokenizer = encode.load_tokenizer(source.tokenizer)
+    prompts, _ = encode.prompt_dataset(Data(path="demo:chitchat/train").rows("prompt"), tokenizer, 64)
     path = folder / "settings.json"
     settings = {
         "base": source.base, "prompts": [p["ids"] for p in prompts[: args.batch * args.updates]], "batch": args.batch,
@@ -120,13 +121,15 @@ def ours(settings: dict) -> dict:
     import one_base
     import torch
 
-    from alignkit import artifacts, batches, tokens
-    from alignkit.engine import Engine
-    from alignkit.log import Clock
+    from alignkit.data import encode
     from alignkit.rewards import base as rewards
-    from alignkit.rollout import attest
     from alignkit.rollout import base as rollout
+    from alignkit.rollout import canary as attest
+    from alignkit.runs import manifest
     from alignkit.stages import ppo
+    from alignkit.tracking.run_log import Clock
+    from alignkit.training import batches
+    from alignkit.training.engine import Engine
 
     batch = settings["batch"]
     cfg = bench_ppo.compose(
@@ -140,8 +143,8 @@ def ours(settings: dict) -> dict:
         llama=False,
     )  # fmt: skip
     world = bench_ppo.one_process()
-    source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.load_tokenizer(source.tokenizer)
+    source = manifest.resolve_model(cfg.model.path)
+    tokenizer = encode.load_tokenizer(source.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         sft, reward = one_base.adapters(cfg, source, len(tokenizer), Path(folder))
         roles = cfg.finetune.roles(cfg.model, sft, reward, len(tokenizer), cfg.critic, cfg.seed).eval()
@@ -162,7 +165,7 @@ def ours(settings: dict) -> dict:
     for step in range(settings["updates"]):
         rows = prompts[step * batch : (step + 1) * batch]
         with clock("generate"):
-            rollouts = sampler.generate(tokens.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, step)
+            rollouts = sampler.generate(encode.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, step)
         with clock("forward"):
             seen = ppo.forward(cfg, roles, rollouts)
             scored = score(rollouts)

@@ -154,7 +154,7 @@ def processes(mark: str, command: int) -> dict[int, str]:
             found[int(entry.name)] = "command"
         elif "alignkit.launch.node" in words:
             found[int(entry.name)] = "launcher"
-        elif "-m alignkit.run" in words:
+        elif "-m alignkit.worker" in words:
             found[int(entry.name)] = f"rank {rank}"
         elif "api_server" in words:
             found[int(entry.name)] = "server"

@@ -21,11 +21,13 @@ from pathlib import Path
 import bench_ppo
 import torch
 
-from alignkit import artifacts, models, tokens
 from alignkit.algorithms import functional as F
-from alignkit.engine import Engine
+from alignkit.core.types import Rollouts, ScoredRollouts
+from alignkit.data import encode
+from alignkit.models import loading
+from alignkit.runs import manifest
 from alignkit.stages import ppo
-from alignkit.types import Rollouts, ScoredRollouts
+from alignkit.training.engine import Engine
 
 SETTINGS = [
     "finetune.last_layers=null", "rollout=hf", "rollout_batch_size=8", "mini_batch_size=8", "micro_batch_size=1",
@@ -69,8 +71,8 @@ def worker(kind: str, folder: Path, overrides: list[str]) -> dict:
     """Losses of three optimizer steps, bytes of parameters and peak memory of this process."""
     cfg = bench_ppo.compose(overrides, llama=False)
     world = bench_ppo.one_process()
-    source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.load_tokenizer(source.tokenizer)
+    source = manifest.resolve_model(cfg.model.path)
+    tokenizer = encode.load_tokenizer(source.tokenizer)
     sft, reward = adapters(cfg, source, len(tokenizer), folder)
     if kind == "adapters":
         return {}
@@ -115,13 +117,13 @@ def adapters(cfg, source, vocab: int, folder: Path) -> tuple:
         path = folder / name
         if not path.exists():
             torch.manual_seed(seed)
-            hf = models.load_base(source.base, cfg.model, vocab)
+            hf = loading.load_base(source.base, cfg.model, vocab)
             peft = get_peft_model(hf, cfg.finetune.peft_config("CAUSAL_LM", hf), autocast_adapter_dtype=False)
             for parameter_name, parameter in peft.named_parameters():
                 if ".lora_B." in parameter_name:
                     torch.nn.init.normal_(parameter, std=0.01)
             peft.save_pretrained(path, save_embedding_layers=False)
-            models.save_head(models.score_head(hf.config.hidden_size), path)
+            loading.save_head(loading.score_head(hf.config.hidden_size), path)
             del hf, peft
         made.append(type(source)(base=source.base, adapter=path, tokenizer=source.tokenizer))
     return tuple(made)
@@ -133,20 +135,20 @@ def four_models(cfg, source, sft, reward, vocab: int) -> torch.nn.Module:
 
     parts, pefts = {}, []
     for role, start in (("policy", sft), ("ref_policy", sft), ("critic", reward), ("reward_model", reward)):
-        parts[role] = models.load_base(source.base, cfg.model, vocab)
+        parts[role] = loading.load_base(source.base, cfg.model, vocab)
         config = cfg.finetune.peft_config("CAUSAL_LM", parts[role])
         pefts.append(get_peft_model(parts[role], config, adapter_name=role, autocast_adapter_dtype=False))
-        models.copy_adapter(pefts[-1], start.adapter, role)
-    heads = {role: models.load_head(reward.adapter) for role in ("critic", "reward_model")}
-    roles = models.make_roles(parts, heads, switch=lambda role: None)
-    models.train_only(roles, [p for role in ("policy", "critic") for p in cfg.finetune.parameters(roles, role)])
+        loading.copy_adapter(pefts[-1], start.adapter, role)
+    heads = {role: loading.load_head(reward.adapter) for role in ("critic", "reward_model")}
+    roles = loading.make_roles(parts, heads, switch=lambda role: None)
+    loading.train_only(roles, [p for role in ("policy", "critic") for p in cfg.finetune.parameters(roles, role)])
     return roles
 
 
 def made_up_rollouts(cfg, tokenizer) -> Rollouts:
     """Real prompts with random responses of random lengths; the same in both processes."""
-    prompts, _ = tokens.prompt_dataset(cfg.data.rows("prompt"), tokenizer, cfg.max_prompt_length)
-    batch = tokens.collate_prompts(prompts[: cfg.rollout_batch_size], tokenizer.pad_token_id)
+    prompts, _ = encode.prompt_dataset(cfg.data.rows("prompt"), tokenizer, cfg.max_prompt_length)
+    batch = encode.collate_prompts(prompts[: cfg.rollout_batch_size], tokenizer.pad_token_id)
     generator = torch.Generator().manual_seed(0)
     rows, slots = cfg.rollout_batch_size, cfg.rollout.max_new_tokens
     ids = torch.randint(100, 10000, (rows, slots), generator=generator)

@@ -25,8 +25,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from alignkit import config
-from alignkit.pipeline import check_inputs
+from alignkit.config import stages
+from alignkit.pipeline.stage import check_inputs
 from alignkit.plan import fit, memory
 from alignkit.plan import text as plan
 
@@ -74,13 +74,15 @@ def prepare(folder: Path) -> dict[str, str]:
     """Models, and rows for the tokenizer of each: {"tiny" | "smollm2": model path, "<model>-rows" | "<model>-pairs": file}."""
     from tiny import tiny_model
 
-    from alignkit import artifacts, data, tokens
+    from alignkit.data import dataset
+    from alignkit.data import encode as tokens
+    from alignkit.runs import manifest as artifacts
 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tiny" / "config.json").is_file():
         tiny_model(folder / "tiny", hidden=64, layers=4)
     inputs = {"tiny": str(folder / "tiny"), "smollm2": "demo:smollm2-135m-instruct"}
-    texts = data.Data(path="demo:chitchat/train", limit=96).rows("sft")
+    texts = dataset.Data(path="demo:chitchat/train", limit=96).rows("sft")
     for model in MODELS:
         tokenizer = tokens.load_tokenizer(artifacts.resolve_model(inputs[model]).tokenizer)
         prompt, answer = (partial(encode, tokenizer) for encode in (tokens.encode_prompt, tokens.encode_response))
@@ -140,7 +142,7 @@ def compare(
 
 def predicted(run_dir: Path, stage: str) -> list[memory.Phase]:
     """The phases the plan of a run has, from its saved config."""
-    cfg = config.load(run_dir / "config.yaml", stage)
+    cfg = stages.load(run_dir / "config.yaml", stage)
     model = plan.Model.of(cfg, check_inputs(cfg, {}), None)
     return plan.make(cfg, model, plan.detect()).phases
 

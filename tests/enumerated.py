@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from alignkit.algorithms import functional as F
-from alignkit.engine import Optimizer, World
+from alignkit.core.types import Rollouts, ScoredRollouts
 from alignkit.stages import ppo as stage
-from alignkit.types import Rollouts, ScoredRollouts
+from alignkit.training.engine import Optimizer, World
 
 V, T = 8, 3
 WORLD = World(0, 1, 0, torch.device("cpu"))

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import torch
 
-from alignkit import batches
-from alignkit.engine import Optimizer, World
+from alignkit.core.types import Experience, ModelSource, Rollouts, ScoredRollouts
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
-from alignkit.models import Model
+from alignkit.models.loading import Model
 from alignkit.stages import ppo as stage
-from alignkit.types import Experience, ModelSource, Rollouts, ScoredRollouts
+from alignkit.training import batches
+from alignkit.training.engine import Optimizer, World
 
 VOCAB, HIDDEN = 97, 32
 STYLES = ("gpt2", "llama")

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from nets import SGD, full_roles, make_config, make_experience, make_rollouts, play, weights
 
-from alignkit import engine
 from alignkit.algorithms.ppo import PPO
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.stages import ppo as stage
-from alignkit.zero import Zero0, Zero1, Zero2
+from alignkit.training import engine
+from alignkit.training.zero import Zero0, Zero1, Zero2
 
 ROWS, ROUNDS, RATE = 8, 3, 0.3
 CLIPS = {"policy": 0.0, "critic": 0.05}  # so the critic's gradient is clipped, and the policy's is not

@@ -14,11 +14,11 @@ import torch
 from nets import full_roles, make_config, play, weights
 from safetensors.torch import save_file
 
-from alignkit import checkpoint, engine
 from alignkit.algorithms.ppo import PPO
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
-from alignkit.zero import Zero0, Zero1, Zero2
+from alignkit.training import checkpoint, engine
+from alignkit.training.zero import Zero0, Zero1, Zero2
 
 ROWS, RATE = 8, 1e-3
 CONFIG = make_config(PPO(), micro=2)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from test_cli import command, make_work, refused
 
-from alignkit import adapters, models
+from alignkit.core.types import InputError, ModelSource
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
-from alignkit.types import InputError, ModelSource
+from alignkit.models import adapters, loading
 
 PLAIN = {"base_model_name_or_path": "model", "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32}
 BEYOND = {
@@ -115,5 +115,5 @@ def test_the_command_of_a_refusal_makes_a_model_of_it(tiny, tmp_path, settings):
     with torch.no_grad():
         expected = peft(ids).logits
         assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
-        policy = models.load_policy(given, models.Model(path=str(tiny)), 320)
+        policy = loading.load_policy(given, loading.Model(path=str(tiny)), 320)
         assert torch.allclose(policy(ids).logits, expected, atol=1e-4)

@@ -19,7 +19,7 @@ from alignkit.algorithms.grpo import GRPO
 from alignkit.algorithms.ppo import PPO
 from alignkit.algorithms.reinforce_pp import ReinforcePP
 from alignkit.algorithms.rloo import RLOO
-from alignkit.types import Experience, Rollouts, ScoredRollouts
+from alignkit.core.types import Experience, Rollouts, ScoredRollouts
 
 GROUP, SLOTS = 3, 5
 PROMPTS = [4, 4, 4, 2, 2, 2]  # tokens of each row's prompt

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkit import batches
-from alignkit.types import Experience, Rollouts, ScoredRollouts
+from alignkit.core.types import Experience, Rollouts, ScoredRollouts
+from alignkit.training import batches
 
 # Rows of 5, 7, 6 and 3 tokens: sorting them is not its own inverse.
 PROMPTS, LENGTHS, LP, LR = [3, 2, 4, 2], [2, 5, 2, 1], 4, 5

@@ -13,11 +13,13 @@ import pytest
 from test_cli import invoke, make_work
 from tiny import EOS, tiny_tokenizer
 
-from alignkit import check_data, lints, minhash, tokens
-from alignkit.data import Data
-from alignkit.lints import Findings, HeldOut, RowLints
-from alignkit.token_lints import TokenLints, template_notes
-from alignkit.types import InputError
+from alignkit.check import data as check_data
+from alignkit.check import lints, minhash
+from alignkit.check.lints import Findings, HeldOut, RowLints
+from alignkit.check.token_lints import TokenLints, template_notes
+from alignkit.core.types import InputError
+from alignkit.data import encode
+from alignkit.data.dataset import Data
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import check_million
@@ -236,7 +238,7 @@ def test_minima_agree_as_often_as_the_sets_overlap():
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer(folder)
-    return tokens.load_tokenizer(folder, light=True)
+    return encode.load_tokenizer(folder, light=True)
 
 
 def test_lengths_are_those_of_the_trainers_columns(tokenizer):
@@ -256,14 +258,14 @@ def test_lengths_are_those_of_the_trainers_columns(tokenizer):
     lint.check([(f"r line {n}", row) for n, row in enumerate(rows)], findings)
     whole = [
         max(
-            len(tokens.encode_prompt(tokenizer, r["prompt"]) + tokens.encode_response(tokenizer, r[s]))
+            len(encode.encode_prompt(tokenizer, r["prompt"]) + encode.encode_response(tokenizer, r[s]))
             for s in ("chosen", "rejected")
         )
         for r in rows
     ]
     assert findings["too_long"].listed == [n for n, length in enumerate(whole) if length > 45] != []
-    assert lint.lengths["chosen"].tolist() == [len(tokens.encode_response(tokenizer, r["chosen"])) for r in rows]
-    _, dropped = tokens.preference_dataset(rows, tokenizer, 45)
+    assert lint.lengths["chosen"].tolist() == [len(encode.encode_response(tokenizer, r["chosen"])) for r in rows]
+    _, dropped = encode.preference_dataset(rows, tokenizer, 45)
     assert dropped.too_long == findings["too_long"].count
 
 
@@ -286,7 +288,7 @@ def test_templates_that_refuse_or_drop_messages(tokenizer, tmp_path):
     row = {"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}], "completion": "Yo"}
     for template, words in ((drops, "does not contain 'Be kind.'"), (refuses, "no system")):
         tiny_tokenizer(tmp_path)
-        other = tokens.load_tokenizer(tmp_path, chat_template=template, light=True)
+        other = encode.load_tokenizer(tmp_path, chat_template=template, light=True)
         findings = Findings()
         TokenLints(other, 512, "max_length").check([("r line 1", row)], findings)
         assert words in findings["template"].shown[0]
@@ -297,11 +299,11 @@ def test_how_a_template_begins_and_ends_is_noted(tokenizer, tmp_path):
     ends = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</end>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     begins = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     tiny_tokenizer(tmp_path)
-    (note,) = template_notes(tokens.load_tokenizer(tmp_path, chat_template=ends, light=True))
+    (note,) = template_notes(encode.load_tokenizer(tmp_path, chat_template=ends, light=True))
     assert "'</end>'" in note and repr(EOS) in note
-    (note,) = template_notes(tokens.load_tokenizer(tmp_path, chat_template=begins, light=True))
+    (note,) = template_notes(encode.load_tokenizer(tmp_path, chat_template=begins, light=True))
     assert "otherwise than the prompt" in note
-    plain = tokens.load_tokenizer(tmp_path)
+    plain = encode.load_tokenizer(tmp_path)
     plain.chat_template = None
     assert "no chat template" in template_notes(plain)[0]
 
@@ -309,11 +311,11 @@ def test_how_a_template_begins_and_ends_is_noted(tokenizer, tmp_path):
 def test_a_light_tokenizer_has_the_ids_of_the_whole_one_without_torch(tmp_path):
     tiny_tokenizer(tmp_path)
     code = (
-        "import sys; from alignkit import tokens; t = tokens.load_tokenizer(sys.argv[1], light=True);"
+        "import sys; from alignkit.data.dataset import encode as tokens; t = tokens.load_tokenizer(sys.argv[1], light=True);"
         "print(tokens.tokenizer_hash(t), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [tokens.tokenizer_hash(tokens.load_tokenizer(tmp_path)), "False"]
+    assert done.stdout.split() == [encode.tokenizer_hash(encode.load_tokenizer(tmp_path)), "False"]
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -394,7 +396,7 @@ def test_small_data_is_checked_within_three_seconds_without_torch(work):
 
     for more in ([], ["model.path=model"]):
         arguments = ["check", "data", "sft", "data.path=answers.jsonl", *more]
-        code = f"import sys; sys.argv = ['alignkit', *{arguments!r}]\nfrom alignkit import cli\ntry: cli.main()\nfinally: assert not {{'torch', 'vllm'}} & set(sys.modules)"
+        code = f"import sys; sys.argv = ['alignkit', *{arguments!r}]\nfrom alignkit.cli.entry import entry as cli\ntry: cli.main()\nfinally: assert not {{'torch', 'vllm'}} & set(sys.modules)"
         best = float("inf")
         for _ in range(3):
             process = subprocess.Popen(

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from alignkit import loaded, models
-from alignkit.check_model import check_source
-from alignkit.types import InputError, ModelSource
+from alignkit.check.model import check_source
+from alignkit.core.types import InputError, ModelSource
+from alignkit.models import loaded, loading
 
 KEY = "model.path=model"
 
@@ -33,7 +33,7 @@ def check(folder: Path, adapter: Path | None = None, scores: bool = False) -> di
 
 
 def load(folder: Path, **options):
-    return models.load_base(str(folder), models.Model(path=str(folder)), 320, **options)
+    return loading.load_base(str(folder), loading.Model(path=str(folder)), 320, **options)
 
 
 def rewrite(folder: Path, change) -> None:
@@ -194,17 +194,17 @@ def test_an_adapter_that_is_not_whole_is_refused_wherever_it_is_loaded(made, ada
     some(adapter, keep)
     with pytest.raises(InputError, match=words):
         check(made, adapter)
-    source, model = ModelSource(str(made), adapter, str(made)), models.Model(path=str(made))
+    source, model = ModelSource(str(made), adapter, str(made)), loading.Model(path=str(made))
     with pytest.raises(InputError, match=r"does not fit the base: \d+ weights"):
-        models.load_policy(source, model, 320)
+        loading.load_policy(source, model, 320)
     with pytest.raises(InputError, match="does not fit the base"):
-        models.continue_adapter(load(made), adapter)
+        loading.continue_adapter(load(made), adapter)
 
 
 def test_an_adapter_that_is_whole_is_loaded_as_it_is(made, adapter):
-    source, model = ModelSource(str(made), adapter, str(made)), models.Model(path=str(made))
-    assert models.load_policy(source, model, 320) is not None
-    assert models.continue_adapter(load(made), adapter) is not None
+    source, model = ModelSource(str(made), adapter, str(made)), loading.Model(path=str(made))
+    assert loading.load_policy(source, model, 320) is not None
+    assert loading.continue_adapter(load(made), adapter) is not None
 
 
 @pytest.mark.parametrize(
@@ -216,17 +216,19 @@ def test_an_adapter_that_is_whole_is_loaded_as_it_is(made, adapter):
     ],
 )
 def test_a_head_that_is_none_is_refused(tmp_path, tensors):
-    save_file(tensors, tmp_path / models.HEAD_FILE)
+    save_file(tensors, tmp_path / loading.HEAD_FILE)
     with pytest.raises(InputError, match=r"score head holds .*expected weight \[1, hidden size\]"):
-        models.load_head(tmp_path)
+        loading.load_head(tmp_path)
 
 
 def test_a_head_of_another_width_is_refused_before_and_at_load(folder):
-    models.save_head(models.score_head(48), folder)
+    loading.save_head(loading.score_head(48), folder)
     with pytest.raises(InputError, match="hidden_size=32"):
         check(folder, scores=True)
     with pytest.raises(InputError, match=r"reads states of 48 numbers, its model has hidden_size=32"):
-        models.make_roles({"reward_model": load(folder)}, {"reward_model": models.load_head(folder)}, lambda role: None)
+        loading.make_roles(
+            {"reward_model": load(folder)}, {"reward_model": loading.load_head(folder)}, lambda role: None
+        )
 
 
 # ---------------------------------------------------------------------------------------- tokenizer and embedding
@@ -249,4 +251,4 @@ def test_tokens_without_a_row_are_counted_and_named(folder):
 
 
 def load_with(folder: Path, vocab: int):
-    return models.load_base(str(folder), models.Model(path=str(folder)), vocab)
+    return loading.load_base(str(folder), loading.Model(path=str(folder)), vocab)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignkit import checkpoint
-from alignkit.engine import World
-from alignkit.types import InputError, RunError
+from alignkit.core.types import InputError, RunError
+from alignkit.training import checkpoint
+from alignkit.training.engine import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

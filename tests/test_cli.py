@@ -21,8 +21,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from tiny import BOS, EOS, PAD, TEMPLATE
 
-from alignkit import artifacts, cli
+from alignkit.cli import entry
 from alignkit.launch.local import Local
+from alignkit.runs import manifest
 
 STAGES = ("sft", "sample", "reward", "ppo", "evaluate")
 # What each command cannot do without, on the files of the `work` fixture.
@@ -77,7 +78,7 @@ def invoke(*arguments: str, cwd: Path) -> Result:
         patch.delenv("HYDRA_FULL_ERROR")
         code = 0
         try:
-            cli.main()
+            entry.main()
         except SystemExit as error:
             code = error.code
         finally:
@@ -108,7 +109,7 @@ def finished_run(run_dir: Path, stage: str, base: Path, tokenizer_hash: str = "t
         json.dumps({"base_model_name_or_path": str(base), "r": 16, "lora_alpha": 32})
     )
     facts = {"base_model": {"path": str(base), "hash": None}, "adapter": True, "tokenizer_hash": tokenizer_hash}
-    artifacts.write_manifest(
+    manifest.write_manifest(
         run_dir, **{"stage": stage, "status": "done", "config_hash": "c0", "metrics": {}, **facts, **changes}
     )
 
@@ -193,7 +194,7 @@ def test_a_dry_run_prints_config_and_command_and_leaves_nothing(work, name):
     commands = [line for line in result.out.splitlines() if line.startswith("$ ")]
     assert len(commands) == len(stages)
     for stage, line in zip(stages, commands, strict=True):
-        assert line.endswith(f"--module alignkit.run {stage} runs/new/{stage}")
+        assert line.endswith(f"--module alignkit.worker {stage} runs/new/{stage}")
         assert "alignkit.launch.node" in line and "--num_gpus 1" in line
         shown = result.out.split(f"# {stage}\n", 1)[1].split("\n$ ", 1)[0]
         config = OmegaConf.create(shown)
@@ -360,7 +361,7 @@ def test_the_folder_of_all_stages_is_not_a_stage(work):
 
 @pytest.mark.parametrize("status", ["running", "failed"])
 def test_a_run_that_is_not_done_is_refused_with_the_command_that_finishes_it(work, status):
-    artifacts.write_manifest(work / "runs/base/sft", status=status)
+    manifest.write_manifest(work / "runs/base/sft", status=status)
     refused(work, command("ppo"), "runs/base/sft", status, "not done", "alignkit sft run_name=base")
 
 
@@ -440,7 +441,7 @@ def test_a_run_name_that_another_process_works_on(work, begun):
     if begun:
         finished_run(root / "sft", "sft", work / "model", status="running")
     code = (
-        "import sys, pathlib\nfrom alignkit import artifacts\n"
+        "import sys, pathlib\nfrom alignkit.runs import manifest as artifacts\n"
         "with artifacts.lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(

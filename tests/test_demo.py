@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from alignkit import demo, tokens
-from alignkit.data import Data
-from alignkit.types import InputError, RunError
+from alignkit.core.types import InputError, RunError
+from alignkit.data import demo, encode
+from alignkit.data.dataset import Data
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_the_model_answers_and_ends(model_folder):
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = tokens.load_tokenizer(model_folder)
+    tokenizer = encode.load_tokenizer(model_folder)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     assert model.dtype == torch.float32
@@ -166,7 +166,7 @@ def test_the_model_answers_and_ends(model_folder):
     assert model.generation_config.pad_token_id == model.config.pad_token_id == tokenizer.pad_token_id
     assert not hasattr(model.config, "quantization_config")
 
-    prompt = tokens.encode_prompt(tokenizer, "What is the capital of France?")
+    prompt = encode.encode_prompt(tokenizer, "What is the capital of France?")
     answer = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
@@ -176,12 +176,12 @@ def test_the_folder_is_made_once_and_keeps_its_template(model_folder):
     before = (model_folder / "model.safetensors").stat().st_mtime_ns
     assert demo.model(cache=model_folder.parent) == model_folder
     assert (model_folder / "model.safetensors").stat().st_mtime_ns == before
-    assert "You are a helpful AI assistant named SmolLM" in tokens.load_tokenizer(model_folder).chat_template
+    assert "You are a helpful AI assistant named SmolLM" in encode.load_tokenizer(model_folder).chat_template
 
 
 def test_the_command_prints_the_folder_and_nothing_else(model_folder, monkeypatch):
     monkeypatch.setenv("ALIGNKIT_CACHE", str(model_folder.parent))
-    done = subprocess.run([sys.executable, "-m", "alignkit.demo"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "alignkit.data.demo"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{model_folder}\n", "")
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from test_cli import invoke
 
-from alignkit import doctor
-from alignkit.doctor import read
-from alignkit.doctor_rules import RULES, Run, change, examine, thirds
+from alignkit.report import doctor
+from alignkit.report.doctor import read
+from alignkit.report.doctor_rules import RULES, Run, change, examine, thirds
 
 RECORDED = Path(__file__).parent / "recorded"
 CONFIG = {
@@ -129,7 +129,7 @@ def test_a_rule_at_its_edge(name):
 
 @pytest.mark.parametrize("name", EDGES)
 def test_a_finding_has_numbers_a_step_and_a_key_that_exists(name):
-    from alignkit.config import components
+    from alignkit.config.stages import components
 
     changes, values, *_ = EDGES[name]
     (finding,) = examine(made(changes, **values))[0]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from tiny import EOS, PAD, SENTENCES, TEMPLATE, tiny_model, tiny_tokenizer
 
-from alignkit import ends, models, tokens
 from alignkit.algorithms import functional as F
+from alignkit.core.types import InputError
+from alignkit.data import encode, ends
+from alignkit.models import loading
 from alignkit.rewards.base import response_texts
 from alignkit.rollout.base import Context, Sampling
-from alignkit.stages import _identity
-from alignkit.types import InputError
+from alignkit.stages import token_ids
 
 END = "<|endoftext|>"
 
@@ -43,13 +44,13 @@ def changed(folder, **settings):
 
 
 def test_an_answer_ends_with_what_the_template_closes_it_with(two, tmp_path_factory):
-    tokenizer = tokens.load_tokenizer(two)
+    tokenizer = encode.load_tokenizer(two)
     end, old = tokenizer.convert_tokens_to_ids([EOS, END])
-    assert tokens.encode_response(tokenizer, "good")[-1] == end and tokens.stops(tokenizer) == [end, old]
+    assert encode.encode_response(tokenizer, "good")[-1] == end and encode.stops(tokenizer) == [end, old]
     assert tokenizer.pad_token_id not in (end, old)
-    tokens.save_tokenizer(tokenizer, run := tmp_path_factory.mktemp("run"))
-    later = tokens.load_tokenizer(run, base=two)
-    assert tokens.tokenizer_hash(later) == tokens.tokenizer_hash(tokenizer) and set(tokens.stops(later)) == {end, old}
+    encode.save_tokenizer(tokenizer, run := tmp_path_factory.mktemp("run"))
+    later = encode.load_tokenizer(run, base=two)
+    assert encode.tokenizer_hash(later) == encode.tokenizer_hash(tokenizer) and set(encode.stops(later)) == {end, old}
     assert ends.of_folders(two, two, None) == tokenizer.notes
     assert EOS in tokenizer.notes[0] and END in tokenizer.notes[0] and "rollouts stop at each" in tokenizer.notes[-1]
 
@@ -57,11 +58,11 @@ def test_an_answer_ends_with_what_the_template_closes_it_with(two, tmp_path_fact
 def test_where_all_agree_nothing_is_said_and_nothing_changes(tmp_path):
     before = tiny_tokenizer(tmp_path)
     name_ends(tmp_path, before.eos_token_id)
-    tokenizer = tokens.load_tokenizer(tmp_path)
+    tokenizer = encode.load_tokenizer(tmp_path)
     assert tokenizer.notes == ends.of_folders(tmp_path, tmp_path, None) == []
-    assert tokens.stops(tokenizer) == [before.eos_token_id] and tokens.tokenizer_hash(
+    assert encode.stops(tokenizer) == [before.eos_token_id] and encode.tokenizer_hash(
         tokenizer
-    ) == tokens.tokenizer_hash(before)
+    ) == encode.tokenizer_hash(before)
 
 
 CLOSED = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}CLOSE{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -81,18 +82,18 @@ CLOSED = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}CLOSE{% endf
 )
 def test_the_end_is_read_off_the_template(two, close, eos, words):
     name_ends(two, [])
-    tokenizer = tokens.load_tokenizer(two, chat_template=CLOSED.replace("CLOSE", close))
+    tokenizer = encode.load_tokenizer(two, chat_template=CLOSED.replace("CLOSE", close))
     assert tokenizer.eos_token == eos and words in " ".join(tokenizer.notes)
-    assert tokenizer.eos_token_id == tokens.stops(tokenizer)[0]
+    assert tokenizer.eos_token_id == encode.stops(tokenizer)[0]
     closing = EOS if EOS in close else END
-    assert tokenizer.convert_tokens_to_ids(closing) in tokens.stops(tokenizer)
+    assert tokenizer.convert_tokens_to_ids(closing) in encode.stops(tokenizer)
 
 
 @pytest.mark.parametrize(("named", "stops"), [(3, [3]), ([3, 5], [3, 5]), ([5], [3, 5]), ([], [3]), (None, [3])])
 def test_rollouts_stop_at_what_generation_config_names(tmp_path, named, stops):
     tiny_tokenizer(tmp_path)
     name_ends(tmp_path, named)
-    assert tokens.stops(tokens.load_tokenizer(tmp_path)) == stops
+    assert encode.stops(encode.load_tokenizer(tmp_path)) == stops
 
 
 def test_an_end_outside_the_vocabulary_is_said_and_an_end_that_is_none_is_refused(tmp_path):
@@ -100,7 +101,7 @@ def test_an_end_outside_the_vocabulary_is_said_and_an_end_that_is_none_is_refuse
     name_ends(tmp_path, [3, 128001])
     (note,) = ends.of_folders(tmp_path, tmp_path, None)
     assert (
-        "128001" in note and "generation_config.json" in note and tokens.stops(tokens.load_tokenizer(tmp_path)) == [3]
+        "128001" in note and "generation_config.json" in note and encode.stops(encode.load_tokenizer(tmp_path)) == [3]
     )
     name_ends(tmp_path, "<|im_end|>")
     with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id='<\|im_end\|>': expected the id"):
@@ -108,11 +109,11 @@ def test_an_end_outside_the_vocabulary_is_said_and_an_end_that_is_none_is_refuse
 
 
 def test_a_saved_model_names_its_ends(two, tmp_path_factory):
-    tokenizer = tokens.load_tokenizer(two)
-    hf = models.load_base(str(tiny_model(tmp_path_factory.mktemp("model"))), models.Model(path="x"), len(tokenizer))
-    tokens.name_ends(hf, tokenizer)
+    tokenizer = encode.load_tokenizer(two)
+    hf = loading.load_base(str(tiny_model(tmp_path_factory.mktemp("model"))), loading.Model(path="x"), len(tokenizer))
+    encode.name_ends(hf, tokenizer)
     hf.save_pretrained(saved := tmp_path_factory.mktemp("saved"))
-    assert ends.named_ends(saved) == tokens.stops(tokenizer) and len(ends.named_ends(saved)) == 2
+    assert ends.named_ends(saved) == encode.stops(tokenizer) and len(ends.named_ends(saved)) == 2
     config = json.loads((saved / "config.json").read_text())
     assert (config["eos_token_id"], config["pad_token_id"]) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
@@ -121,7 +122,7 @@ def test_an_eos_token_outside_the_vocabulary_is_refused(tmp_path):
     tiny_tokenizer(tmp_path)
     changed(tmp_path, eos_token=None)
     with pytest.raises(InputError, match=r"has no eos_token.*set it in tokenizer_config\.json"):
-        tokens.load_tokenizer(tmp_path)
+        encode.load_tokenizer(tmp_path)
     assert ends.words_of(tmp_path) is None and ends.of_folders(tmp_path, tmp_path, None) == []
 
 
@@ -132,13 +133,13 @@ def test_every_engine_is_given_all_ends():
 
 def test_a_text_does_not_hold_its_end_whichever_it_is(tmp_path):
     tiny_tokenizer(tmp_path)
-    word = tokens.load_tokenizer(tmp_path).convert_tokens_to_ids("good")
+    word = encode.load_tokenizer(tmp_path).convert_tokens_to_ids("good")
     name_ends(tmp_path, [3, word])  # an end that is no special token
-    tokenizer = tokens.load_tokenizer(tmp_path)
-    rollouts = _identity.as_rollouts([{"prompt": "Hello!", "response": "sad"}], tokenizer)
+    tokenizer = encode.load_tokenizer(tmp_path)
+    rollouts = token_ids.as_rollouts([{"prompt": "Hello!", "response": "sad"}], tokenizer)
     rollouts.response_ids[0, -1] = word
     assert response_texts(tokenizer, rollouts) == ["sad"]
-    assert _identity.same_ids(rollouts, tokenizer) == (1, 1)
+    assert token_ids.same_ids(rollouts, tokenizer) == (1, 1)
 
 
 def test_a_reward_model_reads_every_end_as_the_one_it_was_trained_on():
@@ -154,8 +155,8 @@ def test_a_reward_model_reads_every_end_as_the_one_it_was_trained_on():
 
 
 def test_a_score_is_that_of_the_trained_end(tmp_path):
-    hf = models.load_base(str(tiny_model(tmp_path)), models.Model(path="x"), 320)
-    roles = models.make_roles({"reward_model": hf}, {"reward_model": models.score_head(32)}, switch=lambda role: None)
+    hf = loading.load_base(str(tiny_model(tmp_path)), loading.Model(path="x"), 320)
+    roles = loading.make_roles({"reward_model": hf}, {"reward_model": loading.score_head(32)}, switch=lambda role: None)
     ids, mask, starts = torch.tensor([[5, 6, 3], [5, 6, 7]]), torch.ones(2, 3).bool(), torch.tensor([1, 1])
     apart = roles("reward_model", ids, mask, starts, 2)
     assert apart[0] != apart[1]
@@ -211,20 +212,20 @@ def test_padding_takes_a_token_that_is_there(tmp_path, kind, shipped):
     folder = make(tmp_path / "m")
     eos = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
     changed(folder, pad_token=eos if shipped == "eos" else None)
-    tokenizer = tokens.load_tokenizer(folder)
+    tokenizer = encode.load_tokenizer(folder)
     rows = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"].values()
     assert tokenizer.pad_token_id in rows and len(tokenizer) == max(rows) + 1  # no new row
-    assert tokenizer.pad_token_id not in tokens.stops(tokenizer)
+    assert tokenizer.pad_token_id not in encode.stops(tokenizer)
     assert expected is None or tokenizer.pad_token == expected
     assert ends.of_folders(folder, folder, None) == tokenizer.notes and "no new row" in tokenizer.notes[-1]
     # The same again once saved, and no text reads otherwise for it.
     texts = [*SENTENCES, "Müßiggang, L'Haÿ-les-Roses 6÷2 Þór", tokenizer.pad_token]
     before = [tokenizer(text).input_ids for text in texts]
-    tokens.save_tokenizer(tokenizer, tmp_path / "run")
-    later = tokens.load_tokenizer(tmp_path / "run")
-    assert [later(text).input_ids for text in texts] == before and tokens.tokenizer_hash(
+    encode.save_tokenizer(tokenizer, tmp_path / "run")
+    later = encode.load_tokenizer(tmp_path / "run")
+    assert [later(text).input_ids for text in texts] == before and encode.tokenizer_hash(
         later
-    ) == tokens.tokenizer_hash(tokenizer)
+    ) == encode.tokenizer_hash(tokenizer)
     assert "" not in [
         later.decode(ids, skip_special_tokens=True) for ids in before[: None if kind == "the last word" else -1]
     ]
@@ -235,7 +236,7 @@ def test_a_pad_token_that_a_run_added_before_is_still_read(tmp_path):
     old = tiny_tokenizer(tmp_path)
     old.add_special_tokens({"pad_token": "<|pad|>"})
     old.save_pretrained(tmp_path)
-    tokenizer = tokens.load_tokenizer(tmp_path)
+    tokenizer = encode.load_tokenizer(tmp_path)
     assert (tokenizer.pad_token, tokenizer.pad_token_id, len(tokenizer)) == ("<|pad|>", 320, 321)
 
 
@@ -368,11 +369,11 @@ def test_no_row_is_made_for_padding_and_the_saved_reward_model_scores_alike_else
         AutoTokenizer.from_pretrained(folder),
     )
     assert theirs.get_input_embeddings().weight.shape[0] == 300
-    from alignkit.artifacts import resolve_model
+    from alignkit.runs.manifest import resolve_model
 
-    tokenizer = tokens.load_tokenizer(folder)
-    ours = models.load_reward(resolve_model(str(work / "runs/p/reward")), models.Model(path="x"), len(tokenizer))
-    ids = torch.tensor([tokens.encode_prompt(tokenizer, "Hello 3") + tokens.encode_response(tokenizer, "Yes, good.")])
+    tokenizer = encode.load_tokenizer(folder)
+    ours = loading.load_reward(resolve_model(str(work / "runs/p/reward")), loading.Model(path="x"), len(tokenizer))
+    ids = torch.tensor([encode.encode_prompt(tokenizer, "Hello 3") + encode.encode_response(tokenizer, "Yes, good.")])
     assert ids.tolist() == [
         plain(
             plain.apply_chat_template([{"role": "user", "content": "Hello 3"}], tokenize=False) + "Yes, good." + END

@@ -9,9 +9,11 @@ from nets import ONE
 from test_house import composed
 from tiny import tiny_model
 
-from alignkit import artifacts, config, report, report_html
-from alignkit.log import NoLogger, RunLog
+from alignkit.config import stages
+from alignkit.report import html, summary
+from alignkit.runs import manifest
 from alignkit.stages import evaluate
+from alignkit.tracking.run_log import NoLogger, RunLog
 
 
 def run(folder, tiny, name, *more):
@@ -21,11 +23,11 @@ def run(folder, tiny, name, *more):
         f"data.path={folder / 'rows.jsonl'}", "logger=none", "rollout=hf", "rollout.max_new_tokens=6", "bootstrap=100",
         "+reward@rewards.gold=vader", *more,
     )  # fmt: skip
-    cfg = config.to_config(composed("evaluate", *overrides), "evaluate")
+    cfg = stages.to_config(composed("evaluate", *overrides), "evaluate")
     cfg.run_dir.mkdir(parents=True)
     with RunLog(cfg.run_dir, "evaluate", 0, NoLogger(), {}) as log:
         metrics, facts = evaluate.main(cfg, ONE, log)
-    artifacts.write_manifest(cfg.run_dir, stage="evaluate", status="done", metrics=metrics, **facts)
+    manifest.write_manifest(cfg.run_dir, stage="evaluate", status="done", metrics=metrics, **facts)
     return cfg.run_dir, metrics
 
 
@@ -49,9 +51,9 @@ def test_the_kl_is_null_where_the_answers_are_not_of_the_policys_law(tiny, tmp_p
         assert {row["kl"] for row in samples if row["policy"] == "b"} == {None}
     else:
         assert policies["b"]["kl"] == metrics["b/kl"] != 0 and "KL is not given" not in notes
-    report.write_summary(run_dir.parent)
-    report.print_summary(run_dir.parent)
-    report_html.write_html(run_dir.parent)
+    summary.write_summary(run_dir.parent)
+    summary.print_summary(run_dir.parent)
+    html.write_html(run_dir.parent)
 
 
 def test_a_mean_of_what_is_not_known_is_not_known():

@@ -10,11 +10,11 @@ import torch
 from nets import ONE, full_roles, make_config, make_experience, make_rollouts, save_model, torch_engines, weights
 from safetensors.torch import load_file
 
-from alignkit import finite
 from alignkit.algorithms.ppo import PPO
+from alignkit.core.types import RunError
 from alignkit.finetune.critic import Critic
 from alignkit.stages import ppo as stage
-from alignkit.types import RunError
+from alignkit.training import finite
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -12,14 +12,21 @@ import pytest
 import yaml
 from test_cli import command, invoke, make_work, refused
 
-from alignkit import artifacts, check_config, cli, config, credentials, foreign, rendezvous, terminal
+from alignkit.check import config as check_config
+from alignkit.cli import entry
+from alignkit.config import credentials, foreign, stages
+from alignkit.core import terminal
+from alignkit.core.types import InputError, RunError
 from alignkit.launch import scheduler
 from alignkit.launch.slurm import Slurm
 from alignkit.rollout.server import Server
-from alignkit.types import InputError, RunError
+from alignkit.runs import manifest
+from alignkit.training import rendezvous
 
 # Each makes the file `pwned` where Hydra is let have it.
-CALL = "{_target_: alignkit.log.write_atomic, path: {_target_: pathlib.Path, _args_: [pwned]}, text: hello}"
+CALL = (
+    "{_target_: alignkit.tracking.run_log.write_atomic, path: {_target_: pathlib.Path, _args_: [pwned]}, text: hello}"
+)
 HOSTILE = {
     "callbacks": ("experiment/evil.yaml", f"# @package _global_\nhydra:\n  callbacks:\n    x: {CALL}\n"),
     "launcher": ("experiment/evil.yaml", f"# @package _global_\nhydra:\n  launcher: {CALL}\n"),
@@ -61,7 +68,7 @@ def test_a_config_file_that_sets_up_hydra_is_refused_before_hydra_reads_it(work,
     ):
         refused(work, line, path.rpartition("/")[2], "before a command begins")
     (found,) = own.rglob("*.yaml")
-    assert "before a command begins" in str(check_config.check_file(found, own, cli.conf_dir())[1])
+    assert "before a command begins" in str(check_config.check_file(found, own, entry.conf_dir())[1])
     assert not (work / "pwned").exists()
 
 
@@ -86,7 +93,7 @@ def test_aliases_size_and_encoding_are_refused(work, tmp_path):
     ):
         (tmp_path / "config.yaml").write_bytes(text)
         with pytest.raises(InputError, match=words):
-            config.load(tmp_path / "config.yaml", "sft")
+            stages.load(tmp_path / "config.yaml", "sft")
     (tmp_path / "config.yaml").write_text("text: 2 * 3\n")
     assert foreign.load(tmp_path / "config.yaml") == yaml.safe_load("text: 2 * 3")
 
@@ -157,7 +164,7 @@ def listening(code: str, **environment: str) -> str:
 
 def test_ranks_of_one_machine_listen_on_its_loopback_alone(free_port):
     code = (
-        "import psutil, torch, torch.distributed as d\nfrom alignkit import rendezvous\nrendezvous.join('gloo')\n"
+        "import psutil, torch, torch.distributed as d\nfrom alignkit.training import rendezvous\nrendezvous.join('gloo')\n"
         "x = torch.ones(2); d.all_reduce(x); assert x.tolist() == [1, 1]\n"
         "print(sorted({c.laddr.ip for c in psutil.Process().net_connections('inet') if c.status == 'LISTEN'}))"
     )
@@ -231,7 +238,7 @@ AS_SHOWN = r"\x1b[2J\x1b]0;title\x07done\rfailed\x9b1A\u202e"
 def test_no_text_of_a_run_moves_the_cursor(work):
     run = work / "runs/hostile/sft"
     (run / "logs").mkdir(parents=True)
-    artifacts.write_manifest(run, stage="sft", status="failed", error=HOSTILE_TEXT, metrics={"eval_loss": 1.0})
+    manifest.write_manifest(run, stage="sft", status="failed", error=HOSTILE_TEXT, metrics={"eval_loss": 1.0})
     (run / "logs/sft.log").write_text(f"{HOSTILE_TEXT}\n", newline="")
     (run / "config.yaml").write_text('run_name: hostile\nruns_dir: runs\nseed: "\\e[2J"\n')
     for line in (["status", "runs/hostile"], ["report", "runs/hostile"], ["resume", "runs/hostile/sft", "--dry-run"]):

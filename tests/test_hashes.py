@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from test_cli import command, invoke, make_work, refused
 
-from alignkit import artifacts, hashes, lineage
-from alignkit.types import InputError
+from alignkit.core.types import InputError
+from alignkit.pipeline import lineage
+from alignkit.runs import hashes
+from alignkit.runs import manifest as artifacts
 
 ADAPTER = "runs/base/sft/model/adapter_model.safetensors"
 

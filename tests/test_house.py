@@ -21,7 +21,10 @@ from omegaconf import MISSING
 from test_cli import BESIDE, MANDATORY, finished_run, invoke, make_work, write_rows
 from tiny import tiny_tokenizer
 
-from alignkit import cli, config, report, rows
+from alignkit.cli import entry
+from alignkit.config import stages as config
+from alignkit.data import rows
+from alignkit.report import summary
 from alignkit.rewards.base import Context
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,14 +243,19 @@ def test_every_line_of_the_import_table_is_a_part_of_the_house():
     [
         ("data.py", "import json\n\ndef rows():\n    from alignkit import stages\n", 4, "data imports stages"),
         ("data.py", "from alignkit.stages.ppo import main\n", 1, "data imports stages.ppo.main"),
-        ("stages/ppo.py", "from alignkit import data, cli\n", 1, "stages imports cli"),
-        ("stages/ppo.py", "import alignkit.report as r\n", 1, "stages imports report"),
+        (
+            "stages/ppo.py",
+            "from alignkit.data.dataset import dataset as data; from alignkit.cli.entry import entry as cli\n",
+            1,
+            "stages imports cli",
+        ),
+        ("stages/ppo.py", "import alignkit.report.summary as r\n", 1, "stages imports report"),
         ("stages/ppo.py", "from .. import run\n", 1, "stages imports run"),
         ("rollout/base.py", "from ..data import Data\n", 1, "rollout imports data.Data"),
         ("models.py", "from alignkit.algorithms import ppo\n", 1, "models imports algorithms.ppo"),
         ("algorithms/x.py", "class X:\n    import transformers\n", 2, "torch and nothing else"),
-        ("algorithms/x.py", "from alignkit.models import Model\n", 1, "algorithms imports models.Model"),
-        ("finetune/lora.py", "if True:\n    import deepspeed.ops\n", 2, "only alignkit/engine.py may"),
+        ("algorithms/x.py", "from alignkit.models.loading import Model\n", 1, "algorithms imports models.Model"),
+        ("finetune/lora.py", "if True:\n    import deepspeed.ops\n", 2, "only alignkit/training/engine.py may"),
         ("rollout/hf.py", "from vllm import LLM\n", 1, "only alignkit/rollout/vllm.py may"),
         ("log.py", "import importlib\nimportlib.import_module('alignkit.stages')\n", 2, "log imports stages"),
         ("types.py", "s = 'x'\n__import__(f'alignkit.data.{s}')\n", 2, "types imports data"),
@@ -268,8 +276,8 @@ def test_allowed_imports_are_not_taken_for_violations(tmp_path):
         "rollout/vllm.py": "from vllm import LLM\nfrom alignkit.rollout.base import Context\nfrom . import base\n",
         "models.py": "from alignkit.algorithms import functional as F\n",
         "run.py": "import importlib\nimportlib.import_module(f'alignkit.stages.{1}')\n",
-        "cli.py": "from alignkit import __version__, config\n",
-        "algorithms/x.py": "import math\nimport torch.nn\nfrom alignkit.types import Loss\n",
+        "cli.py": "from alignkit.config.stages import stages as config; from alignkit import __version__\n",
+        "algorithms/x.py": "import math\nimport torch.nn\nfrom alignkit.core.types import Loss\n",
     }
     for file, text in allowed.items():
         path = tmp_path / "alignkit" / file
@@ -330,7 +338,7 @@ def test_every_command_answers_within_two_seconds(name, question):
 
 def test_help_lists_every_command_and_each_command_its_groups_and_keys(tmp_path):
     out = invoke("--help", cwd=tmp_path).out
-    assert all(re.search(rf"^  {name} ", out, re.M) for name in (*COMMANDS, *cli.TOOLS))
+    assert all(re.search(rf"^  {name} ", out, re.M) for name in (*COMMANDS, *entry.TOOLS))
     out = invoke("ppo", "--help", cwd=tmp_path).out
     for group in config.GROUPS:
         assert f"{group}: {', '.join(config.components(group))}" in out
@@ -362,7 +370,7 @@ def work(tmp_path_factory):
 @pytest.fixture
 def no_conversion(work, monkeypatch):
     """The packaged model counts as converted: a dry run needs its folder, not its weights."""
-    from alignkit import demo
+    from alignkit.data import demo
 
     monkeypatch.setattr(demo, "model", lambda name="smollm2-135m-instruct", cache=None: work / "model")
 
@@ -370,7 +378,7 @@ def no_conversion(work, monkeypatch):
 def composed(command: str, *overrides: str):
     config.register()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(entry.conf_dir()), version_base="1.3"):
         return compose(command, list(overrides))
 
 
@@ -385,7 +393,7 @@ def typed(command: str, *more: str):
 def test_every_yaml_is_a_command_or_an_experiment():
     files = {path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
     assert files == {f"{name}.yaml" for name in COMMANDS} | {f"experiment/{name}.yaml" for name in EXPERIMENTS}
-    assert set(config.STAGES) == set(COMMANDS) == set(cli.COMMANDS)
+    assert set(config.STAGES) == set(COMMANDS) == set(entry.COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -546,7 +554,7 @@ def test_every_command_of_the_readme_works(work, no_conversion, line):
     words = shlex.split(line)[1:]
     if "--help" in words or "--cfg" in words or words[0] == "check":
         tries = [words]
-    elif words[0] in cli.TOOLS:
+    elif words[0] in entry.TOOLS:
         tries = [[words[0], "--help"]]  # of runs that are not here; their own tests run them
     elif "-m" in words:
         tries = [[*words, "dry_run=true"]]
@@ -573,7 +581,7 @@ def test_the_readmes_reward_scores_as_it_says(work):
 
 
 def test_the_commands_a_run_ends_with_work(work, no_conversion):
-    for line in report.default_next_commands(work / "runs" / "none"):
+    for line in summary.default_next_commands(work / "runs" / "none"):
         line = re.sub(r"<hub id or folder>", "model", line.split("  #")[0])
         line = re.sub(r"<([a-z-]+)\.jsonl>", lambda m: m[1].replace("-", "_") + ".jsonl", line)
         result = invoke(*shlex.split(line)[1:], "dry_run=true", cwd=work)
@@ -581,7 +589,7 @@ def test_the_commands_a_run_ends_with_work(work, no_conversion):
 
 
 def test_the_first_command_of_the_usage_works(work, no_conversion):
-    first = re.search(r"^first run: alignkit (.*)$", cli.USAGE, re.M)[1]
+    first = re.search(r"^first run: alignkit (.*)$", entry.USAGE, re.M)[1]
     assert invoke(*first.split(), "dry_run=true", cwd=work).code == 0
 
 

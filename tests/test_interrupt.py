@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from alignkit import interrupt
-from alignkit.engine import World
+from alignkit.training import interrupt
+from alignkit.training.engine import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

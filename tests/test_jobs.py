@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from test_cli import finished_run, invoke, write_model
 
-from alignkit import artifacts, jobs
+from alignkit.core.types import InputError, RunError
+from alignkit.jobs import steps
 from alignkit.launch import scheduler
 from alignkit.launch.scheduler import Job, write_record
-from alignkit.types import InputError, RunError
+from alignkit.runs import manifest
 
 
 def told(status: str, job: Job | None = None, held: bool = False, progress: str = "", **more) -> tuple[str, str]:
-    found = jobs.standing({"stage": "ppo", "status": status, **more}, job, held, progress)
+    found = steps.standing({"stage": "ppo", "status": status, **more}, job, held, progress)
     return found.status, found.detail
 
 
@@ -70,7 +71,7 @@ def run(tmp_path) -> Path:
     write_model(tmp_path / "model")
     for stage in ("sft", "reward", "ppo"):
         finished_run(root / stage, stage, tmp_path / "model")
-    artifacts.write_manifest(root / "ppo", status="running")
+    manifest.write_manifest(root / "ppo", status="running")
     (root / "ppo" / "logs").mkdir()
     events = [{"note": "x"}, {"what": "PPO", "done": 2, "total": 8, "unit": "step", "numbers": {"score": 0.5}}]
     (root / "ppo" / "logs" / "progress.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -85,16 +86,16 @@ def test_status_of_a_local_run_by_folder_or_by_name(run):
         lines = [line.split() for line in result.out.splitlines()]
         assert [line[:2] for line in lines] == [["sft", "done"], ["reward", "done"], ["ppo", "failed"]]
         assert "its processes are gone; PPO  2/8  score 0.500" in result.out
-    with artifacts.lock(run / "ppo"):
-        assert jobs.status(run / "ppo") == [jobs.Standing("ppo", "running", "", "PPO  2/8  score 0.500")]
-    assert jobs.status(run / "ppo")[0].status == "failed"  # asking did not hold it
+    with manifest.lock(run / "ppo"):
+        assert steps.status(run / "ppo") == [steps.Standing("ppo", "running", "", "PPO  2/8  score 0.500")]
+    assert steps.status(run / "ppo")[0].status == "failed"  # asking did not hold it
 
 
 def test_a_job_is_not_asked_for_where_there_is_no_slurm(run, monkeypatch):
     """On a machine without Slurm the manifests still speak."""
     write_record(run / "ppo", "7", [])
     monkeypatch.setenv("PATH", "")
-    found = jobs.status(run / "ppo")[0]
+    found = steps.status(run / "ppo")[0]
     assert found.status == "not known" and "no squeue on this machine" in found.detail and "PPO  2/8" in found.detail
 
 
@@ -110,11 +111,11 @@ def test_logs_are_those_of_the_newest(run):
     done = subprocess.run([*command, "-n", "1"], capture_output=True, text=True)
     assert done.stdout == f"==> {run}/ppo/logs/ppo.log\ntwo\n" and done.returncode == 0
     with pytest.raises(InputError, match="no log yet"):
-        jobs.show_logs(run / "sft")
+        steps.show_logs(run / "sft")
 
 
 def test_cancel_ends_the_process_that_works_there(run):
-    hold = f"from alignkit import artifacts; from pathlib import Path; import time\nwith artifacts.lock(Path({str(run / 'ppo')!r})):\n    print('held', flush=True); time.sleep(60)"
+    hold = f"from alignkit.runs import manifest as artifacts; from pathlib import Path; import time\nwith artifacts.lock(Path({str(run / 'ppo')!r})):\n    print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     out = invoke("cancel", str(run), cwd=run).out
@@ -133,15 +134,15 @@ def test_the_error_of_this_attempt_and_not_of_the_one_before(tmp_path):
     ]
     (tmp_path / "logs" / "progress.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now - 60))
-    error = jobs.first_error(tmp_path, started)
+    error = steps.first_error(tmp_path, started)
     assert error is not None and error["error"] == "first"
     # The clock of the rank's node may be behind: how long the file was when the attempt began tells more.
     behind = {"error": "behind", "kind": "run", "rank": 1, "time": now - 9999}
     size = (tmp_path / "logs" / "progress.jsonl").stat().st_size
     with (tmp_path / "logs" / "progress.jsonl").open("a") as file:
         file.write(json.dumps(behind) + "\n")
-    assert jobs.first_error(tmp_path, started, size) == behind
-    assert jobs.first_error(tmp_path, time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now + 60))) == behind
+    assert steps.first_error(tmp_path, started, size) == behind
+    assert steps.first_error(tmp_path, time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now + 60))) == behind
 
 
 @pytest.fixture
@@ -158,19 +159,19 @@ def silent(tmp_path, monkeypatch):
 
 def test_a_controller_that_does_not_answer_says_nothing_of_a_job(run, silent):
     write_record(run / "ppo", "7", [])
-    found = jobs.status(run / "ppo")[0]
+    found = steps.status(run / "ppo")[0]
     assert found.status == "not known" and "Unable to contact slurm controller" in found.detail
     with pytest.raises(RunError, match="whether job 7 still waits or runs is not known"):
         scheduler.working_on(run / "ppo")  # what a new start asks: it moves nothing aside
     with pytest.raises(RunError, match="whether job 7 still waits or runs"):
         scheduler.check_after(["7"])
     with pytest.raises(RunError, match="is not cancelled"):
-        jobs.cancel(run / "ppo")
+        steps.cancel(run / "ppo")
 
 
 def test_the_report_of_a_stage_is_that_of_its_run(run, capsys):
     (run / "reward" / "report.html").write_text("the card")
-    jobs.write_report(run / "reward")
+    steps.write_report(run / "reward")
     assert (run / "reward" / "report.html").read_text() == "the card" and not (run / "reward" / "summary.json").exists()
     assert (run / "report.html").is_file() and (run / "summary.json").is_file()
     assert "is a stage" in capsys.readouterr().out
@@ -182,5 +183,5 @@ def test_a_report_that_cannot_be_written_is_printed(run, monkeypatch, capsys):
 
     monkeypatch.setattr("alignkit.report.write_atomic", full)
     with pytest.raises(RunError, match=r"cannot be written \(No space left"):
-        jobs.write_report(run)
+        steps.write_report(run)
     assert "reward" in capsys.readouterr().out

@@ -9,8 +9,10 @@ import pytest
 import torch
 from test_cli import STAGES, command, finished_run, invoke, make_work, refused
 
-from alignkit import artifacts, checkpoint, sharing
-from alignkit.types import RunError
+from alignkit.core.types import RunError
+from alignkit.pipeline import sharing
+from alignkit.runs import manifest as artifacts
+from alignkit.training import checkpoint
 
 
 def keep(run_dir: Path, step: int, model: bool = True) -> Path:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from alignkit import kernels
-from alignkit.types import InputError
+from alignkit.core.types import InputError
+from alignkit.training import kernels
 
 BUILD = """
 import pathlib, sys, time
-from alignkit import kernels
+from alignkit.training import kernels
 root = pathlib.Path(sys.argv[1])
 def build():
     with (root / "builds").open("a") as file:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from alignkit.core.types import InputError
 from alignkit.launch import local
 from alignkit.launch.local import Local, free_port
 from alignkit.launch.node import devices
-from alignkit.types import InputError
 
 # Adapters on a frozen Llama, six forwards and backwards of rows of different lengths; prints the MiB that they added.
 GRAPHS = """
@@ -108,7 +108,7 @@ def test_fewer_devices_than_ranks_are_refused_where_there_are_gpus(tmp_path, mon
 
 ENDLESS = """
 import os, time
-from alignkit.run import end_with_parent
+from alignkit.worker import end_with_parent
 end_with_parent()
 os.write(1, f"AT WORK {os.environ['RANK']} {os.getpid()}\\n".encode())  # at once, or the lines of two ranks mix
 time.sleep(300)

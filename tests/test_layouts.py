@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from alignkit import layouts
-from alignkit.data import Data
-from alignkit.types import InputError
+from alignkit.core.types import InputError
+from alignkit.data import layouts
+from alignkit.data.dataset import Data
 
 
 def user(text: str) -> dict[str, str]:

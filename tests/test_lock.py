@@ -11,11 +11,12 @@ import sys
 
 import pytest
 
-from alignkit import jobs, lock
-from alignkit.artifacts import write_manifest
-from alignkit.types import InputError
+from alignkit.core.types import InputError
+from alignkit.jobs import steps
+from alignkit.runs import lock
+from alignkit.runs.manifest import write_manifest
 
-HOLD = "import sys, pathlib, time; from alignkit import lock; kept = lock.hold(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, pathlib, time; from alignkit.runs import lock; kept = lock.hold(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
@@ -44,14 +45,14 @@ def test_ranks_hold_the_folder_whose_command_is_gone(tmp_path, rank):
 
 def test_cancel_tells_the_ranks_and_twice_is_harmless(tmp_path, rank, capsys):
     write_manifest(tmp_path, stage="sft", status="running")
-    assert jobs.status(tmp_path)[0].status == "running"
+    assert steps.status(tmp_path)[0].status == "running"
     (tmp_path / ".lock").write_text("process 1 of here or what it started, since 00:00:00")  # long gone; 1 is another's
-    jobs.cancel(tmp_path)
+    steps.cancel(tmp_path)
     assert capsys.readouterr().out == f"told to end: process {rank.pid} ({tmp_path})\n"
     assert rank.wait(10) == -signal.SIGTERM
-    jobs.cancel(tmp_path)
+    steps.cancel(tmp_path)
     assert "nothing of it is queued or running" in capsys.readouterr().out
-    assert jobs.status(tmp_path)[0].status == "failed"
+    assert steps.status(tmp_path)[0].status == "failed"
 
 
 def test_a_file_system_without_locks_is_said_and_worked_around(tmp_path, rank, monkeypatch, capsys):

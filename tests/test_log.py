@@ -12,9 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from alignkit.log import NoLogger, RunLog, Tensorboard, Wandb, append_jsonl, read_jsonl
-from alignkit.progress import _View, clock, follow, rate_text, short
-from alignkit.types import InputError
+from alignkit.core.types import InputError
+from alignkit.tracking.console import _View, clock, follow, rate_text, short
+from alignkit.tracking.run_log import NoLogger, RunLog, Tensorboard, Wandb, append_jsonl, read_jsonl
 
 CONFIG = {"run_name": "mine", "seed": 3, "model": {"path": "tiny"}}
 
@@ -31,7 +31,7 @@ def plain_console() -> Console:
 STAGE = """
 import sys, time
 from pathlib import Path
-from alignkit.log import NoLogger, RunLog
+from alignkit.tracking.run_log import NoLogger, RunLog
 log = RunLog(Path(sys.argv[1]), "sft", 0, NoLogger(), {})
 with log.progress("loading model", 1) as bar:
     bar.advance()
@@ -49,9 +49,7 @@ if len(sys.argv) > 2:
 
 
 def test_importing_it_loads_nothing_heavy():
-    heavy = (
-        "import alignkit.log, sys; print([m for m in ('torch', 'wandb', 'rich', 'tensorboard') if m in sys.modules])"
-    )
+    heavy = "import alignkit.tracking.run_log, sys; print([m for m in ('torch', 'wandb', 'rich', 'tensorboard') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", heavy], text=True).strip() == "[]"
 
 
@@ -180,7 +178,7 @@ def test_wandb_offline_writes_and_a_resumed_run_keeps_its_id(tmp_path, capfd):
 
 def test_wandb_auto_is_offline_without_a_login(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom alignkit.log import Wandb\n"
+        "import sys\nfrom pathlib import Path\nfrom alignkit.tracking.run_log import Wandb\n"
         "Wandb(mode='auto').start(Path(sys.argv[1]), 'mine', 'ppo', {}).close()\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}

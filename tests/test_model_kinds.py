@@ -17,10 +17,10 @@ import torch
 from test_cli import command, invoke, make_work, refused
 from tiny import ARCHITECTURES, VOCAB, tiny_architecture
 
-from alignkit import architectures, models
+from alignkit.core.types import InputError, ModelSource
 from alignkit.finetune.lora import LoRA
-from alignkit.models import Model
-from alignkit.types import InputError, ModelSource
+from alignkit.models import architectures, loading
+from alignkit.models.loading import Model
 
 CLASSIFIER = architectures.CLASSIFIER
 MIXTURES = ("mixtral", "qwen3_moe")
@@ -34,7 +34,7 @@ SCALED = {
 
 
 def load(folder, auto_class: str = "AutoModelForCausalLM", **settings):
-    return models.load_base(str(folder), Model(path=str(folder)), VOCAB, auto_class, **settings)
+    return loading.load_base(str(folder), Model(path=str(folder)), VOCAB, auto_class, **settings)
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +68,7 @@ def test_log_probs_are_those_of_transformers_own_logits(tmp_path, kind):
     ids, mask = rows()
     starts = torch.tensor([8, 4, 6])
     with torch.no_grad():
-        ours = models.single_role(hf)("policy", ids, mask, starts, 4)[0]
+        ours = loading.single_role(hf)("policy", ids, mask, starts, 4)[0]
         for row in range(3):
             plain = hf(ids[row, mask[row]][None]).logits[0].log_softmax(-1)
             first = int(starts[row] - (~mask[row, : starts[row]]).sum())
@@ -83,7 +83,7 @@ def test_scaled_logits_are_other_logits(tmp_path, kind):
     hf = load(tiny_architecture(tmp_path, kind, **SCALED[kind]))
     ids, _ = rows()
     with torch.no_grad():
-        plain = hf.get_output_embeddings()(models.trunk_hidden(hf, ids, torch.ones_like(ids, dtype=torch.bool)))
+        plain = hf.get_output_embeddings()(loading.trunk_hidden(hf, ids, torch.ones_like(ids, dtype=torch.bool)))
         assert float((hf(ids).logits - plain).abs().max()) > 0.1
 
 
@@ -120,7 +120,7 @@ def test_capped_attention_scores_are_capped(folder, tmp_path):
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
         uncapped = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
-        ours, wanted, other = (models.trunk_hidden(hf, ids, mask)[mask] for hf in (load(tmp_path), plain, uncapped))
+        ours, wanted, other = (loading.trunk_hidden(hf, ids, mask)[mask] for hf in (load(tmp_path), plain, uncapped))
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
     assert (other - wanted).abs().max() > 1e-3
 
@@ -136,13 +136,13 @@ def test_every_architecture_has_a_sequence_classifier(folder, tmp_path, kind):
     ids, mask = rows()
     classifier.config.pad_token_id = 1
     with torch.no_grad():
-        states = models.trunk_hidden(classifier, ids, mask)
-        assert torch.equal(states, models.trunk_hidden(load(folder(kind)), ids, mask))
+        states = loading.trunk_hidden(classifier, ids, mask)
+        assert torch.equal(states, loading.trunk_hidden(load(folder(kind)), ids, mask))
         classifier.save_pretrained(tmp_path)
         again = load(tmp_path, CLASSIFIER, num_labels=1)
         again.config.pad_token_id = 1
         assert torch.equal(again(ids).logits, classifier(ids).logits)
-        assert torch.equal(models.trunk_hidden(load(tmp_path, headless=True), ids, mask), states)
+        assert torch.equal(loading.trunk_hidden(load(tmp_path, headless=True), ids, mask), states)
 
 
 def test_a_classifier_of_code_that_came_with_the_model_is_asked_for_by_name():
@@ -167,7 +167,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", *MIXTURES])
 def test_weights_are_sent_as_they_lie_in_the_files(folder, kind):
     """An engine reads names and shapes of a checkpoint, whatever transformers makes of them in memory."""
-    sent, files = dict(models.named_weights(load(folder(kind)))), stored(folder(kind))
+    sent, files = dict(loading.named_weights(load(folder(kind)))), stored(folder(kind))
     assert sent.keys() == files.keys()
     assert all(torch.equal(sent[name], files[name]) for name in files)
 

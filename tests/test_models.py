@@ -23,14 +23,14 @@ from nets import (
     torch_engines,
 )
 
-from alignkit import models
 from alignkit.algorithms.ppo import PPO
+from alignkit.core.types import ModelSource, RunError
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
-from alignkit.models import Model
+from alignkit.models import loading
+from alignkit.models.loading import Model
 from alignkit.stages import ppo as stage
-from alignkit.types import ModelSource, RunError
 
 TUNES = {"full": Full(), "lora": LoRA(rank=4, alpha=8.0, dropout=0.5), "sft": LoRA(rank=4, alpha=8.0, dropout=0.5)}
 TEMPERATURE = 0.7
@@ -63,9 +63,9 @@ def save_adapter(base, folder, seed):
 
 
 def save_scores(folder):
-    head = models.score_head(HIDDEN, generator(4))
+    head = loading.score_head(HIDDEN, generator(4))
     torch.nn.init.constant_(head.bias, 0.3)
-    models.save_head(head, folder)
+    loading.save_head(head, folder)
     return folder
 
 
@@ -138,9 +138,9 @@ def test_18_a_saved_dropout_is_off_in_train_mode(saved, style, tune):
 def test_18_a_dropout_that_is_on_is_refused():
     noisy = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
     with pytest.raises(RunError, match="1 dropout layers are on, as 1"):
-        models.train_only(noisy, [])
-    models.disable_dropout(noisy)
-    models.train_only(noisy, [noisy[0].bias])
+        loading.train_only(noisy, [])
+    loading.disable_dropout(noisy)
+    loading.train_only(noisy, [noisy[0].bias])
     assert not noisy[0].weight.requires_grad and noisy[0].bias.requires_grad
 
 
@@ -218,7 +218,7 @@ def test_29_a_score_is_the_head_on_the_last_token(saved, style, tune):
     folders = saved[style]
     roles, _ = build(folders, tune)
     hf = alone(folders["reward_full"]) if tune == "full" else alone(folders["base"], folders["reward"])
-    head = models.load_head(folders["reward_full" if tune == "full" else "reward"])
+    head = loading.load_head(folders["reward_full" if tune == "full" else "reward"])
     assert head.bias.item() == pytest.approx(0.3)
     rollouts = make_rollouts(6)
     seen = forward(roles, rollouts)

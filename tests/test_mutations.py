@@ -49,7 +49,7 @@ def test_an_entry_that_does_not_fit_is_named():
     fault = mutate.Fault("batches.py", "a = 1", "a = 2", "a is too large")
     assert mutate.planted(fault, "a = 1\n") == "a = 2\n"
     for source, says in (("b = 1\n", "stands 0 times"), ("a = 1\na = 1\n", "stands 2 times")):
-        with pytest.raises(mutate.Outdated, match=f"a is too large\n.*{says} in alignkit/batches.py"):
+        with pytest.raises(mutate.Outdated, match=f"a is too large\n.*{says} in alignkit/training/batches.py"):
             mutate.planted(fault, source)
     with pytest.raises(mutate.Outdated, match=r"a is too large\n.*is not Python"):
         mutate.planted(replace(fault, new="a = ("), "a = 1\n")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_cli import command, invoke, make_work, refused
 
-from alignkit import names
-from alignkit.types import InputError
+from alignkit.config import names
+from alignkit.core.types import InputError
 
 
 @pytest.fixture

@@ -11,8 +11,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from test_cli import command, invoke, make_work, refused
 
-from alignkit import check_config, cli, config, overrides, sweep
-from alignkit.types import InputError
+from alignkit.check import config as check_config
+from alignkit.cli import entry
+from alignkit.config import overrides, stages
+from alignkit.core.types import InputError
+from alignkit.pipeline import sweep
 
 LIKE_OTHERS = ["007", "1e3", "1_000", "0x10", "true", "null", "2026-11-26", "1.0", "~", "inf", "nan", "-1", "???x"]
 LIKE_SYNTAX = [
@@ -36,12 +39,12 @@ LIKE_SYNTAX = [
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    config.register()
+    stages.register()
 
 
 def composed(stage: str, *words: str):
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(entry.conf_dir()), version_base="1.3"):
         return compose(stage, overrides.meant(stage, words))
 
 
@@ -52,7 +55,7 @@ def test_a_text_arrives_as_it_was_typed_and_comes_back_from_the_saved_config(tex
     assert [OmegaConf.select(found, key.lstrip("+")) for key in keys] == [text] * len(keys)
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.masked_copy(found, ["run_name"])))
     kept = OmegaConf.load(tmp_path / "config.yaml")
-    assert OmegaConf.merge(OmegaConf.structured(config.SFT), kept).run_name == text
+    assert OmegaConf.merge(OmegaConf.structured(stages.SFT), kept).run_name == text
 
 
 @pytest.mark.parametrize("text", ["007", "a=1,b=2", "größe (1)"])
@@ -222,5 +225,5 @@ def test_check_config_refuses_such_an_experiment(work):
     path = work / "mine" / "experiment" / "e.yaml"
     path.parent.mkdir(parents=True)
     path.write_text("# @package _global_\nrun_name: 007\n")
-    words = check_config.check_file(path, work / "mine", cli.conf_dir())
+    words = check_config.check_file(path, work / "mine", entry.conf_dir())
     assert words[0] == [] and "line 2: run_name: 007 is a text, but YAML reads int there" in words[1]

@@ -13,11 +13,11 @@ import pytest
 from test_cli import BESIDE, MANDATORY, command, invoke, make_work, snapshot, write_rows
 from test_house import seconds, typed
 
-from alignkit import tokens
+from alignkit.core.types import InputError
+from alignkit.data import encode as tokens
 from alignkit.plan import compute, counts, fit, memory
 from alignkit.plan import text as plan
 from alignkit.plan.shape import FAMILIES, Shape
-from alignkit.types import InputError
 
 # config.json of released models, what a count needs of it, and the parameters their publishers state.
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
@@ -198,7 +198,7 @@ def test_lora_saves_the_gradients_of_the_frozen_weights_and_the_blocks_below():
 
 @pytest.fixture(scope="module")
 def smol_tokens():
-    from alignkit import demo
+    from alignkit.data import demo
 
     return demo.model("smollm2-135m-instruct")
 
@@ -247,7 +247,7 @@ def llama_plan(*overrides: str, gib: float = 80, length: int = 512):
 
 
 def test_what_fits_is_left_alone_and_what_does_not_gets_the_cheapest_change_that_does():
-    from alignkit import config
+    from alignkit.config import stages as config
 
     cfg, predict = llama_plan("model.dtype=bfloat16", "micro_batch_size=16", "mini_batch_size=16", length=2048)
     need = fit.peak(predict(cfg)).total
@@ -263,7 +263,7 @@ def test_what_fits_is_left_alone_and_what_does_not_gets_the_cheapest_change_that
 
 
 def test_full_training_of_8b_fits_no_gpu_of_80_gib_but_lora_does():
-    from alignkit import config
+    from alignkit.config import stages as config
 
     cfg, predict = llama_plan("finetune=full", "model.dtype=bfloat16", "micro_batch_size=1")
     assert fit.peak(predict(cfg)).total > 16 * 8.03e9  # 2 weights, 2 gradients, 12 master and moments

@@ -16,11 +16,13 @@ from nets import ONE, TorchEngine
 from safetensors.torch import load_file
 from test_house import composed
 
-from alignkit import artifacts, config, interrupt, saving
+from alignkit.config import stages
+from alignkit.core.types import InputError, RunError, Saved
 from alignkit.finetune.lora import LoRA
-from alignkit.log import NoLogger, RunLog
+from alignkit.runs import manifest
 from alignkit.stages import ppo
-from alignkit.types import InputError, RunError, Saved
+from alignkit.tracking.run_log import NoLogger, RunLog
+from alignkit.training import interrupt, saving
 
 STEPS = 4
 
@@ -66,7 +68,7 @@ def run(work: Path, tiny: Path, name: str, stop_at: int | None, monkeypatch, *mo
         "algorithm.normalize_scores=true", "algorithm.missing_eos=none", "~reward@rewards.reward_model",
         "+reward@rewards.mine=function", f"rewards.mine.target={work / 'mine.py'}:score", *more,
     )  # fmt: skip
-    cfg = config.to_config(composed("ppo", *overrides), "ppo")
+    cfg = stages.to_config(composed("ppo", *overrides), "ppo")
     asked = iter(range(10**6))
     due = SimpleNamespace(due=lambda world: "a test" if next(asked) == stop_at else None)
     monkeypatch.setattr(interrupt, "process", due)
@@ -104,7 +106,7 @@ def test_a_checkpoint_holds_the_model_of_its_step(work, tiny, monkeypatch):
     with pytest.raises(Saved, match=f"saved at step 2 of {STEPS}"):
         run(work, tiny, "kept", 4, monkeypatch)
     kept = work / "kept" / "ppo" / "checkpoints" / "step_000002"
-    source = artifacts.resolve_model(str(kept))
+    source = manifest.resolve_model(str(kept))
     assert (source.adapter, source.base, source.run) == (kept / "model", str(tiny), kept)
     trained = torch.load(kept / "policy" / "state.pt", weights_only=False)[0]
     saved = load_file(kept / "model" / "adapter_model.safetensors").values()

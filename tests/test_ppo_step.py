@@ -30,20 +30,20 @@ from nets import (
 )
 from tiny import tiny_tokenizer
 
-from alignkit import batches
 from alignkit.algorithms import functional as F
 from alignkit.algorithms.grpo import GRPO
 from alignkit.algorithms.ppo import PPO
 from alignkit.algorithms.reinforce_pp import ReinforcePP
-from alignkit.data import Data, Ptx
-from alignkit.engine import Optimizer
+from alignkit.core.types import ModelSource
+from alignkit.data.dataset import Data, Ptx
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
-from alignkit.models import Model
+from alignkit.models.loading import Model
 from alignkit.stages import ppo as stage
-from alignkit.stages._ptx import PtxBatches
-from alignkit.types import ModelSource
+from alignkit.stages.ptx import PtxBatches
+from alignkit.training import batches
+from alignkit.training.engine import Optimizer
 
 ROWS = 12
 

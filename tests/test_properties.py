@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from test_cli import MANDATORY, command, invoke, make_work, snapshot
 
-from alignkit import config
-from alignkit.data import Data
-from alignkit.types import InputError
+from alignkit.config import stages
+from alignkit.core.types import InputError
+from alignkit.data.dataset import Data
 
 RULES = {
     "derandomize": True, "deadline": None, "database": None,
@@ -42,7 +42,7 @@ def keys(name: str) -> list[str]:
             found += [f"{prefix}{key}", *(walk(child, f"{prefix}{key}.") if isinstance(child, DictConfig) else [])]
         return found
 
-    return [*walk(composed(name, *complete(name)), ""), *config.GROUPS]
+    return [*walk(composed(name, *complete(name)), ""), *stages.GROUPS]
 
 
 # What people type, and what they type by mistake.

@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from alignkit import report
-from alignkit.report import RunFolder, print_summary, summarize, write_summary
-from alignkit.report_html import write_html
+from alignkit.report import summary as report
+from alignkit.report.html import write_html
+from alignkit.report.summary import RunFolder, print_summary, summarize, write_summary
 
 ANSWERS = [
     ("Hey, how was your weekend?", "It was okay, i had to work.", "It was great! I love a good weekend with friends."),
@@ -145,9 +145,7 @@ def printed(run, **options):
 
 
 def test_importing_it_loads_nothing_heavy():
-    code = (
-        "import alignkit.report, sys; print([m for m in ('torch', 'matplotlib', 'rich', 'numpy') if m in sys.modules])"
-    )
+    code = "import alignkit.report.summary, sys; print([m for m in ('torch', 'matplotlib', 'rich', 'numpy') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_cli import command, invoke, make_work, refused
 
-from alignkit import artifacts, report_card_html
-from alignkit.report_card import (
+from alignkit.report import card_html
+from alignkit.report.card import (
     MISCALIBRATION,
     agreement,
     by_length,
@@ -24,6 +24,7 @@ from alignkit.report_card import (
     report_card,
     wilson,
 )
+from alignkit.runs import manifest
 
 # Newcombe 1998 (Statistics in Medicine 17), table I, method 3: hits, count, interval.
 NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
@@ -226,7 +227,7 @@ def test_the_page_holds_all_it_needs(tmp_path):
     card["variants"] = {"<b>bold": agreement(np.ones(3), np.ones(3))}
     run_dir = tmp_path / "mine" / "reward"
     run_dir.mkdir(parents=True)
-    report_card_html.write(run_dir, card)
+    card_html.write(run_dir, card)
     page = (run_dir / "report.html").read_text()
     assert json.loads((run_dir / "report_card.json").read_text()) == card
     assert page.count("<svg ") == 3 and "<script" not in page and "&lt;b&gt;bold" in page
@@ -237,7 +238,7 @@ def test_the_page_holds_all_it_needs(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_a_card_of_few_pairs_is_drawn(tmp_path, count):
     card = report_card(np.arange(count) / 7, np.zeros(count), np.arange(count), np.ones(count))
-    report_card_html.write(tmp_path, card)
+    card_html.write(tmp_path, card)
     assert "Reward model" in (tmp_path / "report.html").read_text()
 
 
@@ -250,7 +251,7 @@ def work(tmp_path):
 
 
 def reward_run(work, **metrics) -> None:
-    artifacts.write_manifest(work / "runs/base/reward", metrics=metrics)
+    manifest.write_manifest(work / "runs/base/reward", metrics=metrics)
 
 
 def test_ppo_refuses_a_reward_model_that_is_surely_worse_than_a_coin(work):

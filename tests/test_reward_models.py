@@ -10,11 +10,14 @@ from nets import VOCAB, save_model
 from safetensors.torch import load_file, save_file
 from tiny import TEMPLATE, tiny_model
 
-from alignkit import artifacts, check_model, check_reward, models
+from alignkit.check import model
+from alignkit.check import reward as check_reward
+from alignkit.core.types import InputError, ModelSource
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
-from alignkit.types import InputError, ModelSource
+from alignkit.models import loading
+from alignkit.runs import manifest
 
 PAD = 1
 
@@ -89,8 +92,8 @@ def test_a_score_is_transformers_own(bases, tmp_path, style, kind):
         (tmp_path / "reward/adapter_config.json").write_text(
             json.dumps(config | {"modules_to_save": None, "task_type": None})
         )
-    source = artifacts.resolve_model(str(tmp_path / "reward"))
-    role = models.load_reward(source, models.Model(), VOCAB)
+    source = manifest.resolve_model(str(tmp_path / "reward"))
+    role = loading.load_reward(source, loading.Model(), VOCAB)
     ids, mask = rows()
     wanted = torch.cat(
         [theirs(hf, ids[i : i + 1, : mask[i].sum()], mask[i : i + 1, : mask[i].sum()]) for i in range(4)]
@@ -109,10 +112,10 @@ def test_a_bfloat16_file_scores_as_transformers_does_in_both_dtypes(bases, tmp_p
     ids, mask = rows()
     source = ModelSource(str(tmp_path / "reward"))
     torch.testing.assert_close(
-        scores(models.load_reward(source, models.Model(dtype="bfloat16"), VOCAB), ids, mask), theirs(hf, ids, mask), atol=2e-2, rtol=1e-2
+        scores(loading.load_reward(source, loading.Model(dtype="bfloat16"), VOCAB), ids, mask), theirs(hf, ids, mask), atol=2e-2, rtol=1e-2
     )  # fmt: skip
     torch.testing.assert_close(
-        scores(models.load_reward(source, models.Model(), VOCAB), ids, mask), theirs(hf.float(), ids, mask), atol=1e-5, rtol=0
+        scores(loading.load_reward(source, loading.Model(), VOCAB), ids, mask), theirs(hf.float(), ids, mask), atol=1e-5, rtol=0
     )  # fmt: skip
 
 
@@ -122,7 +125,7 @@ def test_shards_and_a_regression_head_are_read(bases, tmp_path):
     hf.save_pretrained(tmp_path / "reward", max_shard_size="20KB")
     (tmp_path / "reward/model.safetensors").unlink(missing_ok=True)
     ids, mask = rows()
-    role = models.load_reward(artifacts.resolve_model(str(tmp_path / "reward")), models.Model(), VOCAB)
+    role = loading.load_reward(manifest.resolve_model(str(tmp_path / "reward")), loading.Model(), VOCAB)
     torch.testing.assert_close(scores(role, ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0)
 
 
@@ -138,9 +141,9 @@ def test_ppo_scores_with_it_as_it_is_whatever_its_base(bases, tmp_path, tune, ki
     base = bases["llama"]
     other = save_model(tmp_path / "other", "gpt2", seed=5) if "another base" in kind else base
     hf = classifier(other, tmp_path / "reward", ADAPTERS.get(kind, PLAIN if kind.startswith("adapter") else None))
-    reward = artifacts.resolve_model(str(tmp_path / "reward"))
+    reward = manifest.resolve_model(str(tmp_path / "reward"))
     finetune = LoRA(rank=4, alpha=8) if tune == "lora" else Full()
-    roles = finetune.roles(models.Model(), ModelSource(str(base)), reward, VOCAB, Critic(), seed=0).eval()
+    roles = finetune.roles(loading.Model(), ModelSource(str(base)), reward, VOCAB, Critic(), seed=0).eval()
     ids, mask = rows()
     torch.testing.assert_close(scores(roles, ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0)
     shared = tune == "lora" and kind in ("adapter", "another rank")
@@ -207,7 +210,7 @@ def test_what_is_no_scalar_score_is_refused_from_the_headers(bases, tmp_path, fa
     assert hf.config.hidden_size == D
     spoil(folder)
     with pytest.raises(InputError, match=f"rewards.x.path=r: .*{words}") as refused:
-        check_model.check_source(ModelSource(str(folder), None, str(folder)), "rewards.x.path=r", scores=True)
+        model.check_source(ModelSource(str(folder), None, str(folder)), "rewards.x.path=r", scores=True)
     assert "\n" not in str(refused.value)
 
 
@@ -216,9 +219,9 @@ def test_an_adapter_without_a_score_is_refused_from_its_json(bases, tmp_path, fa
     config, drop, words = BAD_ADAPTERS[fault]
     classifier(bases["llama"], tmp_path / "reward", PLAIN)
     change(tmp_path / "reward", drop, config)
-    source = artifacts.resolve_model(str(tmp_path / "reward"))
+    source = manifest.resolve_model(str(tmp_path / "reward"))
     with pytest.raises(InputError, match=f"rewards.x.path=r: .*{words}"):
-        check_model.check_source(source, "rewards.x.path=r", scores=True)
+        model.check_source(source, "rewards.x.path=r", scores=True)
 
 
 def test_an_adapter_on_a_run_of_ours_is_one_on_its_model(bases, tmp_path):
@@ -226,18 +229,18 @@ def test_an_adapter_on_a_run_of_ours_is_one_on_its_model(bases, tmp_path):
     (run / "model").mkdir(parents=True)
     for file in bases["llama"].iterdir():
         (run / "model" / file.name).write_bytes(file.read_bytes())
-    artifacts.write_manifest(run, stage="sft", status="done", adapter=False)
+    manifest.write_manifest(run, stage="sft", status="done", adapter=False)
     hf = classifier(run / "model", tmp_path / "reward", PLAIN)
     change(tmp_path / "reward", config={"base_model_name_or_path": str(run)})
-    source = artifacts.resolve_model(str(tmp_path / "reward"))
+    source = manifest.resolve_model(str(tmp_path / "reward"))
     assert source.base == str(run / "model")
     ids, mask = rows()
     torch.testing.assert_close(
-        scores(models.load_reward(source, models.Model(), VOCAB), ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0
+        scores(loading.load_reward(source, loading.Model(), VOCAB), ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0
     )
-    artifacts.write_manifest(run, adapter=True, base_model={"path": str(bases["llama"])})
+    manifest.write_manifest(run, adapter=True, base_model={"path": str(bases["llama"])})
     with pytest.raises(InputError, match=r"stands on another adapter.*merge"):
-        artifacts.resolve_model(str(tmp_path / "reward"))
+        manifest.resolve_model(str(tmp_path / "reward"))
 
 
 # ------------------------------------------------------------------------------------------------------ whose tokens
@@ -260,7 +263,7 @@ def edit_tokenizer(source, change):
 
 
 def test_the_same_tokenizer_and_template_pass_with_a_word_on_the_end(pair):
-    (line,) = check_reward.check_tokens(*pair, "rewards.x.path=r", models.Model(path="x"))
+    (line,) = check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
     assert "read at an answer's last token" in line
 
 
@@ -273,13 +276,13 @@ def test_another_vocabulary_is_refused_with_the_token_and_both_ids(pair):
     with pytest.raises(
         InputError, match=r"rewards.x.path=r: its tokenizer .*the token '(good|bad)' is \d+ here, \d+ there"
     ):
-        check_reward.check_tokens(*pair, "rewards.x.path=r", models.Model(path="x"))
+        check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
 
 
 def test_another_way_to_encode_is_refused_with_the_text(pair):
     edit_tokenizer(pair[1], lambda told: told["model"].update(merges=[]))
     with pytest.raises(InputError, match="encodes 'Hello, how are you"):
-        check_reward.check_tokens(*pair, "rewards.x.path=r", models.Model(path="x"))
+        check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
 
 
 def test_a_padding_token_of_one_of_them_is_no_difference(pair):
@@ -293,9 +296,9 @@ def test_a_padding_token_of_one_of_them_is_no_difference(pair):
         "special": True,
     }
     edit_tokenizer(pair[1], lambda told: told["added_tokens"].append(extra))
-    assert check_reward.check_tokens(*pair, "rewards.x.path=r", models.Model(path="x"))
+    assert check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
     with pytest.raises(InputError, match=r"the token '\[PAD\]' is \d+ here, none there"):
-        check_reward.check_tokens(*reversed(pair), "rewards.x.path=r", models.Model(path="x"))
+        check_reward.check_tokens(*reversed(pair), "rewards.x.path=r", loading.Model(path="x"))
 
 
 def test_another_template_is_refused_with_both_texts(pair):
@@ -304,5 +307,5 @@ def test_another_template_is_refused_with_both_texts(pair):
     other = TEMPLATE.replace("<|im_start|>' + message", "<|user|>' + message")
     (Path(pair[1].tokenizer) / "chat_template.jinja").write_text(other)
     with pytest.raises(InputError, match=r"its chat template .*<\|user\|>.*<\|im_start\|>.*model.chat_template"):
-        check_reward.check_tokens(*pair, "rewards.x.path=r", models.Model(path="x"))
-    assert check_reward.check_tokens(*pair, "rewards.x.path=r", models.Model(path="x", chat_template=other))
+        check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
+    assert check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x", chat_template=other))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from alignkit import sharing
+from alignkit.core.types import InputError, Rollouts, RunError
+from alignkit.pipeline import sharing
 from alignkit.rewards.base import Context
 from alignkit.rewards.function import Function
-from alignkit.types import InputError, Rollouts, RunError
 
 ANSWERS = ["good good day", "bad"]
 META = [

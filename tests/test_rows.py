@@ -9,9 +9,11 @@ from collections import Counter
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from alignkit import check_data, columns, lints
-from alignkit.data import Data
-from alignkit.types import InputError
+from alignkit.check import data as check_data
+from alignkit.check import lints
+from alignkit.core.types import InputError
+from alignkit.data import columns
+from alignkit.data.dataset import Data
 
 USER, ANSWER = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}
 SYSTEM = {"role": "system", "content": "Speak of days."}

@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 import pytest
 from test_cli import command, invoke, make_work, refused, write_rows
 
-from alignkit import config
+from alignkit.config import stages
 
 HEAVY = ("torch", "vllm", "deepspeed", "transformers", "trl", "peft", "datasets", "wandb")
 # Numbers that may be anything finite.
@@ -37,7 +37,7 @@ def numbers(cls: type, prefix: str = "") -> list[tuple[str, object]]:
     return found
 
 
-CLASSES = [*config.STAGES.values(), *(c for group in config.GROUPS for c in config.components(group).values())]
+CLASSES = [*stages.STAGES.values(), *(c for group in stages.GROUPS for c in stages.components(group).values())]
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -169,7 +169,7 @@ def test_check_config_lists_every_file_of_conf(tmp_path):
     lines = result.out.splitlines()
     assert result.code == 0 and lines[-1].endswith(" files, 0 refused")
     assert any(line.endswith("conf/experiment/quickstart.yaml  ok (pipeline)") for line in lines)
-    for name in config.STAGES:
+    for name in stages.STAGES:
         assert any(line.endswith(f"conf/{name}.yaml  ok ({name})") for line in lines)
 
 
@@ -207,7 +207,7 @@ def test_checks_load_nothing_heavy_and_answer_within_five_seconds(tmp_path, line
     """The files, rows, models, tokenizers and templates of five stages are looked at without torch."""
     work = make_work(tmp_path / "work")
     code = (
-        "import sys, time\nfrom alignkit import cli\n"
+        "import sys, time\nfrom alignkit.cli.entry import entry as cli\n"
         f"sys.argv = ['alignkit', *{line!r}]\ncli.main()\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], time.process_time(), file=sys.stderr)"
     )

@@ -20,14 +20,14 @@ from transformers import (
 
 from alignkit.algorithms import functional as F
 from alignkit.algorithms.ppo import PPO
-from alignkit.models import make_roles
+from alignkit.core.types import InputError, ModelSource
+from alignkit.data.encode import collate_prompts
+from alignkit.models.loading import make_roles
 from alignkit.rollout.base import Context, stored_policy, stored_rank
 from alignkit.rollout.hf import HF
 from alignkit.rollout.server import Server
 from alignkit.rollout.vllm import VLLM
 from alignkit.stages import ppo as stage
-from alignkit.tokens import collate_prompts
-from alignkit.types import InputError, ModelSource
 
 STOP, DRAWS = 0, 20_000
 

@@ -8,9 +8,10 @@ import shutil
 import pytest
 import torch
 
-from alignkit import models, saving
-from alignkit.models import Model
-from alignkit.types import InputError, RunError
+from alignkit.core.types import InputError, RunError
+from alignkit.models import loading
+from alignkit.models.loading import Model
+from alignkit.training import saving
 
 UNUSED = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
 
@@ -27,7 +28,7 @@ def change(folder, file, **values):
 
 
 def loaded(folder, auto="AutoModelForCausalLM", **kwargs):
-    return models.load_base(str(folder), Model(path=str(folder)), 0, auto, **kwargs)
+    return loading.load_base(str(folder), Model(path=str(folder)), 0, auto, **kwargs)
 
 
 @pytest.mark.parametrize(

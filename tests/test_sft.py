@@ -10,10 +10,12 @@ import pytest
 import torch
 from command import alignkit
 
-from alignkit import artifacts, models, tokens
 from alignkit.algorithms import functional as F
+from alignkit.data import encode
+from alignkit.models import loading
 from alignkit.rollout.base import Context
 from alignkit.rollout.hf import HF
+from alignkit.runs import manifest
 from alignkit.stages import sft
 
 CASE = json.loads((Path(__file__).parent / "data" / "sft_masked_ce.json").read_text())
@@ -39,9 +41,9 @@ def test_38_trl_trains_on_the_completion_and_its_eos_only(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = tokens.load_tokenizer(str(tiny))
+    tokenizer = encode.load_tokenizer(str(tiny))
     rows = [{"prompt": "hello", "completion": "a good day"}, {"prompt": "yes or no", "completion": "no"}]
-    dataset, _ = tokens.sft_dataset(rows, tokenizer, 64)
+    dataset, _ = encode.sft_dataset(rows, tokenizer, 64)
     args = SFTConfig(str(tmp_path), completion_only_loss=True, max_length=None, use_cpu=True, report_to=[])
     model = AutoModelForCausalLM.from_pretrained(tiny)
     trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
@@ -56,7 +58,7 @@ def test_38_trl_trains_on_the_completion_and_its_eos_only(tiny, tmp_path):
 @pytest.mark.parametrize("alpha", [5.0, 15.0])
 def test_39_neftune_noise_is_bounded_by_each_rows_length_and_gone_in_evaluation(tiny, alpha):
     """Uniform within alpha / sqrt(l d), l the row's own tokens however far it is padded; in training only."""
-    hf = models.load_base(str(tiny), models.Model(path=str(tiny)), 0)
+    hf = loading.load_base(str(tiny), loading.Model(path=str(tiny)), 0)
     embedding, seen = hf.get_input_embeddings(), []
     before = embedding.weight.detach().clone()
     sft.add_noise(hf, alpha)
@@ -93,11 +95,11 @@ def test_26_the_end_is_learned(tiny, tmp_path):
 
 def finished(path: str) -> float:
     """The share of 64 sampled answers that end within 12 tokens."""
-    source = artifacts.resolve_model(path)
-    tokenizer = tokens.load_tokenizer(source.tokenizer)
-    roles = models.single_role(models.load_policy(source, models.Model(path=path), len(tokenizer))).eval()
-    rows = [{"ids": tokens.encode_prompt(tokenizer, f"Say yes {i}"), "index": i, "meta": {}} for i in range(64)]
+    source = manifest.resolve_model(path)
+    tokenizer = encode.load_tokenizer(source.tokenizer)
+    roles = loading.single_role(loading.load_policy(source, loading.Model(path=path), len(tokenizer))).eval()
+    rows = [{"ids": encode.encode_prompt(tokenizer, f"Say yes {i}"), "index": i, "meta": {}} for i in range(64)]
     context = Context(source.base, "float32", 0, 64, tokenizer.eos_token_id, tokenizer.pad_token_id, 64, roles=roles)
     sampler = HF(max_new_tokens=12).start(context)
-    rollouts = sampler.generate(tokens.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, 0)
+    rollouts = sampler.generate(encode.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, 0)
     return float(rollouts.finished.float().mean())

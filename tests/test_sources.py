@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
-from alignkit import check_data
-from alignkit.data import Data
-from alignkit.files import read_file
-from alignkit.types import InputError
+from alignkit.check import data
+from alignkit.core.types import InputError
+from alignkit.data.dataset import Data
+from alignkit.data.files import read_file
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_rows_are_placed_in_their_shard(folder):
     where = folder({"part-1.jsonl": 2, "part-2.jsonl": 2})
     (where / "part-2.jsonl").write_text('{"prompt": "part-1.jsonl 2", "completion": "Good."}\n{"prompt": "x"}\n')
     assert f"{where}/part-2.jsonl line 2: no field 'completion'" in refused(where)
-    made = check_data.check_set("data", Data(path=str(where)), "sft")
+    made = data.check_set("data", Data(path=str(where)), "sft")
     first, second = f"{where}/part-1.jsonl", f"{where}/part-2.jsonl"
     assert made.findings["duplicate"].shown == [f"{second} line 1: the same as {first} line 2"]
     assert made.findings["schema"].shown[0].startswith(f"{second} line 2: ")

@@ -16,8 +16,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from test_cli import command, invoke, make_work, refused, write_rows
 
-from alignkit import artifacts, cli, compare, config, lineage, pipeline, resume, sharing, sweep
-from alignkit.types import InputError, RunError
+from alignkit.cli import entry as cli
+from alignkit.config import stages
+from alignkit.core.types import InputError, RunError
+from alignkit.jobs import resume
+from alignkit.pipeline import lineage, sharing, sweep
+from alignkit.pipeline import stage as pipeline
+from alignkit.report import compare
+from alignkit.runs import manifest
 
 
 @pytest.fixture
@@ -29,10 +35,10 @@ def work(tmp_path, monkeypatch) -> Path:
 
 
 def typed(stage: str, *overrides: str):
-    config.register()
+    stages.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
-        return config.to_config(compose(stage, [*command(stage)[1:], *overrides]), stage)
+        return stages.to_config(compose(stage, [*command(stage)[1:], *overrides]), stage)
 
 
 def address(stage: str, *overrides: str) -> str:
@@ -71,7 +77,7 @@ def test_inputs_count_by_what_they_hold_not_by_where_they_lie(work):
 @pytest.mark.parametrize("parent", ["sft", "reward"])
 def test_a_parent_made_anew_makes_a_new_address(work, parent):
     before = address("ppo")
-    artifacts.write_manifest(Path("runs/base") / parent, started="later")
+    manifest.write_manifest(Path("runs/base") / parent, started="later")
     assert address("ppo") != before
 
 
@@ -87,14 +93,14 @@ def test_a_large_weight_file_is_known_by_its_places(tmp_path):
     weights = bytearray(os.urandom(2**20) * 40)
     file = tmp_path / "model.safetensors"
     file.write_bytes(weights)
-    before = artifacts.model_hash(tmp_path)
+    before = manifest.model_hash(tmp_path)
     for at in (0, 20 * 2**20, len(weights) - 2**20):  # the first, a middle and the last fortieth
         changed = bytearray(weights)
         changed[at : at + 2**20] = bytes(2**20)
         file.write_bytes(changed)
-        assert artifacts.model_hash(tmp_path) != before
+        assert manifest.model_hash(tmp_path) != before
     file.write_bytes(weights)
-    assert artifacts.model_hash(tmp_path) == before
+    assert manifest.model_hash(tmp_path) == before
 
 
 def test_the_source_of_a_reward_function_is_in_the_address(work):
@@ -109,7 +115,7 @@ def test_the_source_of_a_reward_function_is_in_the_address(work):
 
 def finish(run_dir: Path, wanted: str, **changes) -> None:
     facts = {"stage": "sft", "status": "done", "address": wanted, "metrics": {"eval_loss": 1.5}, "model_hash": None}
-    artifacts.write_manifest(run_dir, **facts | changes)
+    manifest.write_manifest(run_dir, **facts | changes)
 
 
 def test_only_a_done_whole_stage_of_that_address_is_found(tmp_path):
@@ -131,9 +137,9 @@ def test_only_a_done_whole_stage_of_that_address_is_found(tmp_path):
 def test_a_link_stands_for_the_stage_and_outlives_a_move_of_the_runs(work):
     sharing.link(Path("runs/new/part/sft"), Path("runs/base/sft"))
     Path("runs").rename("moved")
-    linked = artifacts.resolve_model("moved/new/part/sft", "model.path")
+    linked = manifest.resolve_model("moved/new/part/sft", "model.path")
     assert linked.run == Path("moved/new/part/sft")
-    assert artifacts.manifest_hash(linked.run) == artifacts.manifest_hash(Path("moved/base/sft"))
+    assert manifest.manifest_hash(linked.run) == manifest.manifest_hash(Path("moved/base/sft"))
 
 
 def test_a_pipeline_keeps_what_another_run_has_made(work, capsys):
@@ -172,7 +178,7 @@ def test_a_link_whose_stage_was_deleted_is_refused_with_the_fix(work):
 def test_a_second_maker_waits_for_the_first_and_names_it(tmp_path):
     """Two processes, one address: the second gets its turn when the first lets go, killed or not."""
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom alignkit import sharing\n"
+        "import sys, time\nfrom pathlib import Path\nfrom alignkit.pipeline.stage import sharing\n"
         "with sharing.turn(Path(sys.argv[1]), 'abc', 'sft', Path('runs') / sys.argv[2]):\n"
         "    print('turn', flush=True)\n    time.sleep(float(sys.argv[3]))\n"
     )
@@ -262,9 +268,9 @@ def pipeline_run(root: Path, kl_coef: float, seed: int = 0) -> None:
         made = root / stage
         made.mkdir(parents=True)
         names = [f"run_name={root.name}", f"runs_dir={root.parent}", f"seed={seed}"]
-        config.save(typed(stage, *names, *more), made / "config.yaml")
+        stages.save(typed(stage, *names, *more), made / "config.yaml")
         metrics = {"eval_accuracy": 0.75, "eval_pairs": 40} if stage == "reward" else {}
-        artifacts.write_manifest(made, stage=stage, status="done", metrics=metrics, seconds=10.0)
+        manifest.write_manifest(made, stage=stage, status="done", metrics=metrics, seconds=10.0)
     rows = [{"step": step, "objective/score": step * kl_coef, "objective/kl": step / 2} for step in range(3)]
     (root / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -314,9 +320,9 @@ def aligned(work) -> Path:
     }.items():  # fmt: skip
         cfg = typed(stage, "run_name=mine", *more)
         shutil.copytree(f"runs/base/{stage}", f"runs/mine/{stage}")
-        config.save(cfg, cfg.run_dir / "config.yaml")
-        artifacts.write_manifest(
-            cfg.run_dir, contents=sharing.contents(cfg), config_hash=config.config_hash(cfg), seed=3,
+        stages.save(cfg, cfg.run_dir / "config.yaml")
+        manifest.write_manifest(
+            cfg.run_dir, contents=sharing.contents(cfg), config_hash=stages.config_hash(cfg), seed=3,
             git_commit="c" * 40, versions={"torch": "9.9"}, started="2026-01-01",
         )  # fmt: skip
     return work
@@ -340,9 +346,9 @@ def test_lineage_is_the_same_from_anywhere(aligned, tmp_path):
 
 
 def test_a_changed_parent_is_noticed(aligned):
-    before = artifacts.manifest_hash(Path("runs/mine/reward"))
-    artifacts.write_manifest(Path("runs/mine/reward"), started="2027-01-01")
-    after = artifacts.manifest_hash(Path("runs/mine/reward"))
+    before = manifest.manifest_hash(Path("runs/mine/reward"))
+    manifest.write_manifest(Path("runs/mine/reward"), started="2027-01-01")
+    after = manifest.manifest_hash(Path("runs/mine/reward"))
     result = invoke("lineage", "runs/mine/ppo", cwd=aligned)
     assert result.code == 1
     assert f"rewards.reward_model.path runs/mine/reward changed since: manifest {before} -> {after}" in result.out
@@ -375,10 +381,10 @@ def test_resume_says_what_becomes_of_each_stage(work, tmp_path):
     cfg = typed("pipeline", "run_name=mine")
     for stage, status in {"sft": "done", "sample": "failed", "reward": "running"}.items():
         (work / "runs/mine" / stage).mkdir(parents=True)
-        artifacts.write_manifest(work / "runs/mine" / stage, stage=stage, status=status, error="out of memory")
+        manifest.write_manifest(work / "runs/mine" / stage, stage=stage, status=status, error="out of memory")
     for name in ("step_000010", "step_000020", "step_000030.partial"):
         (work / "runs/mine/reward/checkpoints" / name).mkdir(parents=True)
-    config.save(cfg, work / "runs/mine/pipeline.yaml")
+    stages.save(cfg, work / "runs/mine/pipeline.yaml")
     result = invoke("resume", str(work / "runs/mine"), "--dry-run", cwd=tmp_path)  # from anywhere
     assert result.code == 0, result.err
     lines = [line.split(None, 1)[1] for line in result.out.splitlines()]
@@ -392,8 +398,8 @@ def test_a_saved_pipeline_is_read_back_as_it_was(work):
     made = typed(
         "pipeline", "run_name=mine", "algorithm@ppo.algorithm=rloo", "ppo.group_size=2", "sample.rewards.gold.weight=2"
     )
-    config.save(made, work / "pipeline.yaml")
-    assert config.load(work / "pipeline.yaml", "pipeline") == made
+    stages.save(made, work / "pipeline.yaml")
+    assert stages.load(work / "pipeline.yaml", "pipeline") == made
 
 
 @pytest.mark.parametrize(
@@ -413,8 +419,8 @@ def test_resume_refuses_what_it_cannot_go_on_with(work, arguments, words):
 def test_a_run_that_was_moved_is_not_resumed_elsewhere(work):
     cfg = typed("sft", "run_name=mine")
     (work / "runs/mine/sft").mkdir(parents=True)
-    artifacts.write_manifest(cfg.run_dir, stage="sft", status="failed")
-    config.save(cfg, cfg.run_dir / "config.yaml")
+    manifest.write_manifest(cfg.run_dir, stage="sft", status="failed")
+    stages.save(cfg, cfg.run_dir / "config.yaml")
     (work / "runs/mine").rename(work / "runs/renamed")
     result = invoke("resume", "runs/renamed/sft", cwd=work)
     assert result.code == 2 and "move it back" in result.err
@@ -467,35 +473,35 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_keeps_both(work):
     cfg.run_dir.mkdir(parents=True)
     for number, versions in enumerate(({"torch": "1.0.0"}, {"torch": "2.0.0"})):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(artifacts, "versions", lambda found=versions: found)
+            patch.setattr(manifest, "versions", lambda found=versions: found)
             pipeline.open_run(cfg, "running", {"address": "a", "inputs": {}, "contents": {}})
         if not number:
             (cfg.run_dir / "checkpoints/step_000002").mkdir(parents=True)
-            artifacts.write_manifest(cfg.run_dir, status="saved")
+            manifest.write_manifest(cfg.run_dir, status="saved")
             assert "torch 1.0.0, here" in resume.standing(cfg.run_dir)
-    held = artifacts.read_manifest(cfg.run_dir)
+    held = manifest.read_manifest(cfg.run_dir)
     assert held is not None and [attempt["versions"]["torch"] for attempt in held["attempts"]] == ["1.0.0", "2.0.0"]
 
 
 def test_a_full_disk_still_takes_the_word_that_a_run_failed(tmp_path, monkeypatch):
-    artifacts.write_manifest(tmp_path, stage="sft", status="running")
-    room = tmp_path / artifacts.SPARE
+    manifest.write_manifest(tmp_path, stage="sft", status="running")
+    room = tmp_path / manifest.SPARE
     assert room.stat().st_size >= 2**14
-    write = artifacts.write_atomic
+    write = manifest.write_atomic
 
     def full(path, text):
         if room.exists():
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, text)
 
-    monkeypatch.setattr(artifacts, "write_atomic", full)
+    monkeypatch.setattr(manifest, "write_atomic", full)
     with pytest.raises(RunError, match="the reason"):
         pipeline.conclude(tmp_path, {"error": "the reason", "kind": "run"}, tmp_path / "log")
-    held = artifacts.read_manifest(tmp_path)
+    held = manifest.read_manifest(tmp_path)
     assert held is not None and held["status"] == "failed" and not room.exists()
-    artifacts.write_manifest(tmp_path, status="running")
+    manifest.write_manifest(tmp_path, status="running")
     room.unlink()
-    monkeypatch.setattr(artifacts, "write_atomic", lambda *_: full(room.touch() or room, ""))
+    monkeypatch.setattr(manifest, "write_atomic", lambda *_: full(room.touch() or room, ""))
     with pytest.raises(RunError, match=r"still says running.*No space left"):
         pipeline.conclude(tmp_path, None, tmp_path / "log")
 

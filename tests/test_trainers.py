@@ -17,9 +17,9 @@ from tiny import WORDS, tiny_model
 from torch.nn.functional import logsigmoid
 from trainers import CENTER, CUTS, EPOCHS, RATE
 
-from alignkit import tokens
-from alignkit.engine import World
-from alignkit.stages import _measure, _trl
+from alignkit.data import encode
+from alignkit.stages import measure, trl
+from alignkit.training.engine import World
 
 ROWS = 21
 
@@ -88,8 +88,8 @@ def test_nor_does_the_zero_stage(given, tmp_path):
 
 def plain_sft(given, hf):
     """(loss over all rows, its tokens) by log-softmax, a row at a time; with gradient."""
-    tokenizer = tokens.load_tokenizer(str(given[0]))
-    dataset, _ = tokens.sft_dataset(given[3], tokenizer, 512)
+    tokenizer = encode.load_tokenizer(str(given[0]))
+    dataset, _ = encode.sft_dataset(given[3], tokenizer, 512)
     total, count = 0.0, 0
     for row in dataset:
         ids = torch.tensor([row["input_ids"]])
@@ -101,8 +101,8 @@ def plain_sft(given, hf):
 
 
 def plain_reward(given, hf):
-    tokenizer = tokens.load_tokenizer(str(given[0]))
-    dataset, _ = tokens.preference_dataset(given[4], tokenizer, 512)
+    tokenizer = encode.load_tokenizer(str(given[0]))
+    dataset, _ = encode.preference_dataset(given[4], tokenizer, 512)
 
     def scores(side):
         return torch.stack([hf(input_ids=torch.tensor([row[side]])).logits[0, 0] for row in dataset])
@@ -122,9 +122,9 @@ def test_a_step_is_that_of_a_bare_loop(given, runs, stage, tmp_path):
     run = runs[stage, "zero2", (24, 3), 1]
     hf = getattr(transformers, auto).from_pretrained(given[0], **({"num_labels": 1} if stage == "reward" else {}))
     if stage == "reward":  # its head is drawn from the seed
-        from alignkit import models
+        from alignkit.models import loading
 
-        hf.score = models.score_head(hf.config.hidden_size, torch.Generator().manual_seed(0), bias=False)
+        hf.score = loading.score_head(hf.config.hidden_size, torch.Generator().manual_seed(0), bias=False)
     optimizer = torch.optim.AdamW(hf.parameters(), lr=RATE, eps=1e-5, weight_decay=0.0)
     for number, logged in enumerate(run["steps"]):
         loss, numbers = plain(given, hf)
@@ -170,7 +170,7 @@ def test_the_held_out_loss_is_a_sum_over_tokens(micro):
     rows = [{"input_ids": [9, *range(1, n)], "completion_mask": [0, 0, *[1] * (n - 2)]} for n in (3, 9, 4, 30)]
     counted = [i for n in (3, 9, 4, 30) for i in range(2, n)]
     law = Law()
-    found = _measure.completions(law, rows, 0, ONE, micro, together=False)
+    found = measure.completions(law, rows, 0, ONE, micro, together=False)
     assert found.tokens == len(counted) and found.loss == pytest.approx(math.log(7.0) * sum(counted) / len(counted))
     assert law.forwards >= 4 / micro
 
@@ -182,7 +182,7 @@ def test_every_rank_measures_as_many_rows(monkeypatch):
     for rank in range(3):
         world, law = World(rank, 3, rank, torch.device("cpu")), Law()
         monkeypatch.setattr(world, "sum", lambda tensor: tensor)
-        shares.append((_measure.completions(law, rows, 0, world, 1, together=False), law.forwards))
+        shares.append((measure.completions(law, rows, 0, world, 1, together=False), law.forwards))
     assert [forwards for _, forwards in shares] == [2, 2, 2]
     assert [found.tokens for found, _ in shares] == [2 + 5, 3 + 6, 4]
 
@@ -190,16 +190,16 @@ def test_every_rank_measures_as_many_rows(monkeypatch):
 def test_what_fills_up_a_batch_is_taken_out():
     batch = {"input_ids": torch.arange(12).reshape(4, 3), "attention_mask": torch.ones(4, 3)}
     labels = {"labels": torch.tensor([[-100, 1, 1], [-100, -100, 1], [-100, 1, 1], [5, 1, 1]])}
-    assert _trl.counted(batch | labels) == (7, 12) and _trl.counted(batch) == (2, 12)
-    kept, counts = _trl.of_its_own(batch | labels, 2)
+    assert trl.counted(batch | labels) == (7, 12) and trl.counted(batch) == (2, 12)
+    kept, counts = trl.of_its_own(batch | labels, 2)
     assert kept["input_ids"].tolist() == [[0, 1, 2], [3, 4, 5]] and counts == (3, 6)
-    kept, counts = _trl.of_its_own(batch, 1)  # two pairs: chosen, chosen, rejected, rejected
+    kept, counts = trl.of_its_own(batch, 1)  # two pairs: chosen, chosen, rejected, rejected
     assert kept["input_ids"].tolist() == [[0, 1, 2], [6, 7, 8]] and counts == (1, 6)
-    kept, counts = _trl.of_its_own(batch | labels, 0)
+    kept, counts = trl.of_its_own(batch | labels, 0)
     assert kept["labels"].tolist() == [[-100] * 3] and counts == (0, 0)
 
 
 def test_a_metric_of_a_step_weighs_its_micro_batches():
-    assert _trl.over_step("accuracy", [1.0, 0.5], [1, 3]) == pytest.approx(2.5 / 4)
-    assert _trl.over_step("min_reward", [1.0, -2.0], [1, 3]) == -2.0
-    assert _trl.over_step("max_reward", [1.0, -2.0], [1, 3]) == 1.0
+    assert trl.over_step("accuracy", [1.0, 0.5], [1, 3]) == pytest.approx(2.5 / 4)
+    assert trl.over_step("min_reward", [1.0, -2.0], [1, 3]) == -2.0
+    assert trl.over_step("max_reward", [1.0, -2.0], [1, 3]) == 1.0

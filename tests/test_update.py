@@ -8,13 +8,13 @@ from enumerated import WORLD, Env, PlainEngine, T, Tables
 from nets import VOCAB, make_config, make_experience, make_rollouts, save_model, torch_engines
 
 from alignkit.algorithms.ppo import PPO
-from alignkit.engine import Optimizer
+from alignkit.core.types import ModelSource, ScoredRollouts
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
-from alignkit.models import Model
+from alignkit.models.loading import Model
 from alignkit.stages import ppo as stage
-from alignkit.types import ModelSource, ScoredRollouts
+from alignkit.training.engine import Optimizer
 
 ROWS = 12
 

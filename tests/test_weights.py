@@ -7,7 +7,7 @@ import json
 import pytest
 from safetensors import safe_open
 
-from alignkit import weights
+from alignkit.models import weights
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

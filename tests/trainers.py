@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from alignkit import config, engine
-from alignkit.data import Data
-from alignkit.engine import Optimizer
+from alignkit.config import stages
+from alignkit.core.types import RunError
+from alignkit.data.dataset import Data
 from alignkit.finetune.full import Full
 from alignkit.launch.local import Local
-from alignkit.log import RunLog
-from alignkit.models import Model
-from alignkit.stages import _card, _measure, reward, sft
-from alignkit.types import RunError
-from alignkit.zero import Zero0, Zero2, Zero3
+from alignkit.models.loading import Model
+from alignkit.stages import card, measure, reward, sft
+from alignkit.tracking.run_log import RunLog
+from alignkit.training import engine
+from alignkit.training.engine import Optimizer
+from alignkit.training.zero import Zero0, Zero2, Zero3
 
 EPOCHS, RATE, CENTER = 2, 3e-3, 0.1
 ZEROS = {"zero0": Zero0, "zero2": Zero2, "zero3": Zero3}
@@ -51,7 +52,7 @@ def run(stage: Any, kind: type, world: Any, folder: Path, cut: tuple, zero: Any,
         run_name="x", runs_dir=str(out), model=Model(path=given["model"]), finetune=Full(), deepspeed=zero,
         launcher=Local(num_ranks=world.size), logger=None, epochs=EPOCHS, mini_batch_size=cut[0], micro_batch_size=cut[1],
         optimizer=Optimizer(learning_rate=RATE), data=Data(path=given[kind.stage]), eval_data=Data(path=given[kind.stage]),
-        **({"center_coef": CENTER} if kind is config.Reward else {}),
+        **({"center_coef": CENTER} if kind is stages.Reward else {}),
     )  # fmt: skip
     log = Kept(cfg.run_dir, world.rank)
     metrics, _ = stage.main(cfg, world, log)
@@ -84,15 +85,15 @@ def main(model: str, rows: str, pairs: str, out: str, *zeros: str) -> None:
     given = {"model": model, "sft": rows, "reward": pairs}
     found = {
         (kind.stage, zero, cut): run(stage, kind, world, Path(out), cut, ZEROS[zero](), given)
-        for stage, kind in ((sft, config.SFT), (reward, config.Reward))
+        for stage, kind in ((sft, stages.SFT), (reward, stages.Reward))
         for zero in zeros
         for cut in CUTS[world.size]
     }
     if world.size == 1:
         for name, stage, kind, place in (
-            ("measure", sft, config.SFT, (_measure, "completions")),
-            ("score", reward, config.Reward, (reward, "score_pairs")),
-            ("card", reward, config.Reward, (_card, "write")),
+            ("measure", sft, stages.SFT, (measure, "completions")),
+            ("score", reward, stages.Reward, (reward, "score_pairs")),
+            ("card", reward, stages.Reward, (card, "write")),
         ):
             found[name] = fault(stage, kind, place, world, Path(out) / name, given)
     if world.rank == 0:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit.ranges import num
-from alignkit.types import Experience, InputError, Loss, Metrics, ScoredRollouts
+from alignkit.core.fields import num
+from alignkit.core.types import Experience, InputError, Loss, Metrics, ScoredRollouts
 
 if TYPE_CHECKING:
     from torch import Tensor

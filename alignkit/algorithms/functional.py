@@ -29,7 +29,7 @@ from alignkit.algorithms.shaping import (  # noqa: F401  these are names of this
     truncate_at_stop,
     with_one_end,
 )
-from alignkit.types import Metrics
+from alignkit.core.types import Metrics
 
 LOG_RATIO_LIMIT = 20.0  # log-ratios are held within +-20 before exp: e^20 is finite in every dtype used here
 CHUNK_ELEMENTS = 2**24  # logits upcast at a time by `entropy` and `response_logprobs` (64 MiB of float32)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from alignkit.algorithms.base import State, Surrogate, one_of
-from alignkit.ranges import num
-from alignkit.types import Experience, Loss, Metrics, ScoredRollouts
+from alignkit.core.fields import num
+from alignkit.core.types import Experience, Loss, Metrics, ScoredRollouts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from alignkit.algorithms.base import Surrogate
-from alignkit.ranges import num
+from alignkit.core.fields import num
 
 if TYPE_CHECKING:
     from torch import Tensor

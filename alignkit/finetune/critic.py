@@ -6,13 +6,13 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignkit.models import score_head
-from alignkit.types import InputError
+from alignkit.core.types import InputError
+from alignkit.models.loading import score_head
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from alignkit.types import ModelSource
+    from alignkit.core.types import ModelSource
 
 
 @dataclass

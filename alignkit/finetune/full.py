@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit import adapters, models
+from alignkit.core.types import InputError, Payload
 from alignkit.finetune.critic import Critic
-from alignkit.types import InputError, Payload
+from alignkit.models import adapters, loading
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
 
-    from alignkit.types import ModelSource
+    from alignkit.core.types import ModelSource
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Full:
 
     def roles(
         self,
-        model: models.Model,
+        model: loading.Model,
         source: ModelSource,
         reward: ModelSource | None,
         vocab: int,
@@ -65,24 +65,24 @@ class Full:
         torch.manual_seed(seed)
         self.check_start(source)
         parts = {
-            "policy": models.load_base(source.base, model, vocab),
-            "ref_policy": models.load_base(source.base, model, vocab),
+            "policy": loading.load_base(source.base, model, vocab),
+            "ref_policy": loading.load_base(source.base, model, vocab),
         }
         heads: dict[str, nn.Linear] = {}
         if reward is not None:
-            parts["reward_model"], heads["reward_model"] = models.load_scorer(reward, model, vocab)
+            parts["reward_model"], heads["reward_model"] = loading.load_scorer(reward, model, vocab)
         if critic is not None:
             critic = critic.resolved(self, reward is not None)
             if critic.kind == "separate":
                 if critic.weights == "reward_model" and reward is not None:
-                    parts["critic"], _ = models.load_scorer(reward, model, vocab, merged=True)
+                    parts["critic"], _ = loading.load_scorer(reward, model, vocab, merged=True)
                 else:
-                    parts["critic"] = models.load_base(source.base, model, vocab)
+                    parts["critic"] = loading.load_base(source.base, model, vocab)
             width = parts["critic" if critic.kind == "separate" else "policy"].config.hidden_size
             heads["critic"] = critic.new_head(width, heads.get("reward_model"))
         trunk = critic is not None and critic.kind == "trunk"
-        roles = models.make_roles(parts, heads, switch=lambda role: None, trunk_critic=trunk)
-        models.train_only(roles, [p for role in ("policy", "critic") for p in self.parameters(roles, role)])
+        roles = loading.make_roles(parts, heads, switch=lambda role: None, trunk_critic=trunk)
+        loading.train_only(roles, [p for role in ("policy", "critic") for p in self.parameters(roles, role)])
         return roles
 
     def parameters(self, roles: nn.Module, role: str) -> list[nn.Parameter]:
@@ -98,7 +98,7 @@ class Full:
 
     def sync_payload(self, roles: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight of the policy."""
-        return models.named_weights(roles.model("policy"))
+        return loading.named_weights(roles.model("policy"))
 
     def saved(self, roles: nn.Module) -> Any:
         """The model that `save` writes."""

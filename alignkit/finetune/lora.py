@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit import adapters, architectures, loaded, models, score_heads
+from alignkit.core.fields import num
+from alignkit.core.types import InputError, Payload
 from alignkit.finetune.critic import Critic
-from alignkit.ranges import num
-from alignkit.types import InputError, Payload
+from alignkit.models import adapters, architectures, loaded, loading, score_heads
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from alignkit.types import ModelSource
+    from alignkit.core.types import ModelSource
 
 
 @dataclass
@@ -107,7 +107,7 @@ class LoRA:
 
     def roles(
         self,
-        model: models.Model,
+        model: loading.Model,
         source: ModelSource,
         reward: ModelSource | None,
         vocab: int,
@@ -126,7 +126,7 @@ class LoRA:
         self.check_start(source)
         self.check_reward(reward, source)
         torch.manual_seed(seed)
-        hf = models.load_base(source.base, model, vocab, nf4=self.nf4)
+        hf = loading.load_base(source.base, model, vocab, nf4=self.nf4)
         heads: dict[str, nn.Linear] = {}
         adapters: set[str] = set()
         if source.adapter is not None:
@@ -147,10 +147,10 @@ class LoRA:
         if reward is not None and shared:
             assert reward.adapter is not None  # what is shared is an adapter
             _load_trunk_adapter(peft, reward.adapter, "reward_model")
-            parts["reward_model"], heads["reward_model"] = hf, models.load_head(reward)
+            parts["reward_model"], heads["reward_model"] = hf, loading.load_head(reward)
             adapters |= {"reward_model"}
         elif reward is not None:
-            parts["reward_model"], heads["reward_model"] = models.load_scorer(reward, model, vocab)
+            parts["reward_model"], heads["reward_model"] = loading.load_scorer(reward, model, vocab)
         pefts = [peft]
         if critic is not None:
             critic.check_reward(self, reward, source)
@@ -161,13 +161,13 @@ class LoRA:
                 self._add_critic(peft, hf, start.adapter)
                 parts["critic"], adapters = hf, adapters | {"critic"}
             elif critic.kind == "separate":
-                parts["critic"] = models.load_base(source.base, model, vocab, nf4=self.nf4)
+                parts["critic"] = loading.load_base(source.base, model, vocab, nf4=self.nf4)
                 config = self.peft_config("CAUSAL_LM", parts["critic"])
                 pefts += [get_peft_model(parts["critic"], config, adapter_name="critic", autocast_adapter_dtype=False)]
                 if start.adapter is not None:
-                    models.copy_adapter(pefts[1], start.adapter, "critic")
+                    loading.copy_adapter(pefts[1], start.adapter, "critic")
         for each in pefts:
-            models.disable_dropout(each)
+            loading.disable_dropout(each)
         layers = [m for m in peft.modules() if isinstance(m, BaseTunerLayer)]  # not of a reward model of its own
 
         def switch(role: str) -> None:
@@ -177,9 +177,9 @@ class LoRA:
                 layer._disable_adapters = role not in adapters
 
         trunk = critic is not None and critic.kind == "trunk"
-        roles = models.make_roles(parts, heads, switch, trunk_critic=trunk)
+        roles = loading.make_roles(parts, heads, switch, trunk_critic=trunk)
         roles.peft, roles.adapters = pefts, adapters  # in a list: not a submodule a second time
-        models.train_only(roles, [p for role in ("policy", "critic") for p in self.parameters(roles, role)])
+        loading.train_only(roles, [p for role in ("policy", "critic") for p in self.parameters(roles, role)])
         return roles
 
     def _add_critic(self, peft: Any, hf: nn.Module, start: Path | None) -> None:
@@ -213,7 +213,7 @@ class LoRA:
             for name, module in hf.named_modules()
             if isinstance(module, LoraLayer) and "policy" in module.lora_A
         }
-        for name, tensor in models.held_weights(hf):
+        for name, tensor in loading.held_weights(hf):
             if ".lora_" in name:
                 continue
             name = _without_wrappers(name)
@@ -243,7 +243,7 @@ def _load_trunk_adapter(peft: Any, folder: Path, name: str) -> None:
     config = LoraConfig.from_pretrained(folder)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     peft.add_adapter(name, config, autocast_adapter_dtype=False)
-    models.copy_adapter(peft, folder, name)
+    loading.copy_adapter(peft, folder, name)
 
 
 def _without_wrappers(name: str) -> str:

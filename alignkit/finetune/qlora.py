@@ -6,8 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from alignkit.core.types import InputError, Payload
 from alignkit.finetune.lora import LoRA
-from alignkit.types import InputError, Payload
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,11 +13,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignkit.core.fields import num
+from alignkit.core.types import InputError, RunError
 from alignkit.launch import ALLOCATOR
-from alignkit.log import PROGRESS
-from alignkit.progress import follow
-from alignkit.ranges import num
-from alignkit.types import InputError, RunError
+from alignkit.tracking.console import follow
+from alignkit.tracking.run_log import PROGRESS
 
 GPUS = Path("/proc/driver/nvidia/gpus")  # where the driver lists this machine's
 
@@ -48,7 +48,7 @@ class Local:
         return [
             *(sys.executable, "-m", "alignkit.launch.node"),
             *("--num_gpus", str(self.num_ranks), "--master_port", str(port)),
-            *("--module", "alignkit.run", stage, str(run_dir)),
+            *("--module", "alignkit.worker", stage, str(run_dir)),
         ]
 
     def environment(self, cores: int) -> dict[str, str]:
@@ -152,7 +152,7 @@ def interrupt_ranks(launcher: int) -> None:
     for child in psutil.Process(launcher).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             words = child.cmdline()
-            if "alignkit.run" in words and "--module" not in words:  # the launchers' own lines have that option
+            if "alignkit.worker" in words and "--module" not in words:  # the launchers' own lines have that option
                 child.send_signal(signal.SIGTERM)
 
 

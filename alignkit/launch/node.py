@@ -4,7 +4,7 @@ Tells DeepSpeed's launcher of one node which devices there are and becomes it. D
 several nodes: it imports torch once more, leaves the ranks behind when it is killed, and given a number of ranks it puts
 0, 1, … in the place of CUDA_VISIBLE_DEVICES.
 
-A rank is a child of this process and ends with it (`alignkit.run` asks the kernel for that).
+A rank is a child of this process and ends with it (`alignkit.worker` asks the kernel for that).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Start a stage as a Slurm job: the batch script is rendered from `slurm/stage.sbatch` and submitted by `scheduler.py`.
 
 One `srun` task is one rank, with rank, world and rendezvous from Slurm's own variables, and runs the same
-`python -m alignkit.run` as everywhere. Whether a stage succeeded is its manifest's status, never an exit code.
+`python -m alignkit.worker` as everywhere. Whether a stage succeeded is its manifest's status, never an exit code.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alignkit import foreign
+from alignkit.config import foreign
+from alignkit.core.fields import check_numbers, num
+from alignkit.core.types import InputError
 from alignkit.launch import ALLOCATOR
-from alignkit.ranges import check_numbers, num
-from alignkit.types import InputError
 
 # A time limit as Slurm writes it. Bare minutes are left out: YAML reads 12:00:00 without quotes as the number 43200.
 TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<h>\d+)(?::(?P<m>\d\d))?(?::(?P<s>\d\d))?")

@@ -14,8 +14,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from alignkit import chat, tokens
-from alignkit.types import InputError
+from alignkit.core.types import InputError
+from alignkit.data import encode as tokens
+from alignkit.data import template as chat
 
 SAMPLE = 5000  # rows that are tokenised at most: under a second
 

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from alignkit.core.types import InputError
 from alignkit.plan.memory import Phase
-from alignkit.types import InputError
 
 Predict = Callable[[Any], list[Phase]]
 

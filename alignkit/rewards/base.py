@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignkit import models
+from alignkit.core.types import ModelSource, Rollouts, ScoredRollouts
+from alignkit.models import loading
 from alignkit.rewards.signature import Batch, as_numbers
-from alignkit.types import ModelSource, Rollouts, ScoredRollouts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ class Context:
     """What a reward may use."""
 
     tokenizer: Any
-    model: models.Model | None = None  # how a learned reward is held, where it is loaded by itself
+    model: loading.Model | None = None  # how a learned reward is held, where it is loaded by itself
     resolve: Callable[[str], ModelSource] | None = None  # a run's folder -> its weights
     device: Any = "cpu"
 
@@ -56,9 +56,9 @@ def batch_scorer(context: Context, function: Callable[[Batch], list[float]]) -> 
 
 def response_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
     """The valid response tokens of every row as text, without special tokens and without what ended it."""
-    from alignkit import tokens
+    from alignkit.data import encode
 
-    ends = tokens.stops(tokenizer)
+    ends = encode.stops(tokenizer)
     kept = [ids[:-1] if ids and ids[-1] in ends else ids for ids in _response_ids(rollouts)]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from alignkit.core.types import InputError, Rows
 from alignkit.rewards import signature, user_code
 from alignkit.rewards.base import Context, Scorer, batch_scorer
-from alignkit.types import InputError, Rows
 
 
 @dataclass

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from alignkit import models
-from alignkit.ranges import num
+from alignkit.core.fields import num
+from alignkit.core.types import InputError, Rollouts
+from alignkit.models import loading
 from alignkit.rewards.base import Context, Scorer
-from alignkit.types import InputError, Rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,7 +34,7 @@ class RewardModel:
         Raises:
             InputError: naming both rates and what to do.
         """
-        from alignkit.report_card import wilson  # imports numpy
+        from alignkit.report.card import wilson  # imports numpy
 
         accuracy, pairs = metrics.get("eval_accuracy"), int(metrics.get("eval_pairs") or 0)
         told = f"or say {key}.min_accuracy=0 to take it as it is"
@@ -58,16 +58,17 @@ class RewardModel:
         roles: list[nn.Module] = []
 
         def score(rollouts: Rollouts) -> Tensor:
-            from alignkit import batches, tokens  # imports torch
+            from alignkit.data import encode  # imports torch
+            from alignkit.training import batches
 
             if not roles:
                 assert context.resolve is not None and context.model is not None  # given by every stage that scores
                 roles.append(
-                    models.load_reward(context.resolve(self.path), context.model, len(context.tokenizer)).to(
+                    loading.load_reward(context.resolve(self.path), context.model, len(context.tokenizer)).to(
                         context.device
                     )
                 )
-                roles[0].ends = tokens.stops(context.tokenizer)
+                roles[0].ends = encode.stops(context.tokenizer)
             ids, mask, starts = (part.to(context.device) for part in rollouts.flush_left())
             slots = rollouts.response_ids.shape[1]
             return batches.map_rows(

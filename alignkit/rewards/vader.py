@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alignkit.core.types import InputError
 from alignkit.rewards.base import Context, Scorer, text_scorer
-from alignkit.types import InputError
 
 
 @dataclass

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from alignkit.ranges import num
-from alignkit.types import InputError, ModelSource, Payload, PromptBatch, Rollouts
+from alignkit.core.fields import num
+from alignkit.core.types import InputError, ModelSource, Payload, PromptBatch, Rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -189,7 +189,7 @@ class Context:
         note: Callable[[str], None] = lambda text: None,
     ) -> Context:
         """The context of a stage's config. `adapter_rank`: of what will be synced, where it is; else finetune.rank."""
-        from alignkit import tokens
+        from alignkit.data import encode as tokens
 
         return cls(
             base=source.base,

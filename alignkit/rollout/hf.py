@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from alignkit.core.types import Payload, PromptBatch, Rollouts
 from alignkit.rollout.base import Context, Sampling, pack_rollouts, stream_seeds
-from alignkit.types import Payload, PromptBatch, Rollouts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +48,7 @@ class HFSampler:
     ) -> Rollouts:
         import torch
 
-        from alignkit.models import is_cut, position_ids
+        from alignkit.models.loading import is_cut, position_ids
 
         roles, context, law = self.context.roles, self.context, law or self.sampling
         assert roles is not None  # every stage gives one

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.lock import sockets
-from alignkit.ranges import num
+from alignkit.core.fields import num
+from alignkit.core.types import InputError, Payload, PromptBatch, Rollouts, RunError
 from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
-from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
+from alignkit.runs.lock import sockets
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit import architectures
-from alignkit.ranges import num
+from alignkit.core.fields import num
+from alignkit.core.types import InputError, Payload, PromptBatch, Rollouts, RunError
+from alignkit.models import architectures
 from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
-from alignkit.types import InputError, Payload, PromptBatch, Rollouts, RunError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,34 +8,37 @@ from functools import partial
 import numpy as np
 import torch
 
-from alignkit import artifacts, batches, data, models, tokens
-from alignkit.config import Evaluate
-from alignkit.engine import World
-from alignkit.log import RunLog, write_atomic
+from alignkit.config.stages import Evaluate
+from alignkit.core.types import InputError
+from alignkit.data import dataset, encode
+from alignkit.models import loading
 from alignkit.rewards import base as rewards
-from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
-from alignkit.types import InputError
+from alignkit.rollout import canary as attest
+from alignkit.runs import manifest
+from alignkit.tracking.run_log import RunLog, write_atomic
+from alignkit.training import batches
+from alignkit.training.engine import World
 
 
 def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Prompts; every policy must speak with the same tokenizer.
-    sources = {name: artifacts.resolve_model(path, f"policies.{name}") for name, path in cfg.policies.items()}
+    sources = {name: manifest.resolve_model(path, f"policies.{name}") for name, path in cfg.policies.items()}
     reference = cfg.reference or next(iter(sources))
     main_source = sources[reference]
-    tokenizer = tokens.of_model(main_source, cfg.model, log.note)
-    artifacts.check_tokenizer(sources, tokens.tokenizer_hash(tokenizer))
+    tokenizer = encode.of_model(main_source, cfg.model, log.note)
+    manifest.check_tokenizer(sources, encode.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
-    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    prompts, dropped = encode.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
     if len(prompts) < world.size:
         raise InputError(
             f"{len(prompts)} prompts for {world.size} ranks: lower launcher.num_ranks, or give more prompts"
         )
-    batch = tokens.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
-    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
-    ref = models.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)
-    ref_roles = models.single_role(ref)
+    batch = encode.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
+    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, manifest.resolve_model, world.device))
+    ref = loading.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)
+    ref_roles = loading.single_role(ref)
     canary = attest.Canary.of(cfg, prompts, tokenizer)
     if cfg.rollout.biased and len(sources) > 1:
         log.note(f"{cfg.rollout.biased}: the policies' KL is not given, what they say is not of their own law")
@@ -44,8 +47,8 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     sampler, samples = None, []
     with log.progress("evaluating", len(sources), unit="policy") as bar:
         for version, (name, source) in enumerate(sources.items(), start=1):
-            hf = ref if name == reference else models.load_policy(source, cfg.model, len(tokenizer)).to(world.device)
-            roles = ref_roles if name == reference else models.single_role(hf)
+            hf = ref if name == reference else loading.load_policy(source, cfg.model, len(tokenizer)).to(world.device)
+            roles = ref_roles if name == reference else loading.single_role(hf)
             if sampler is None:
                 sampler = cfg.rollout.start(
                     rollout.Context.of(
@@ -54,7 +57,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
                     )
                 )  # fmt: skip
             sampler.use(roles)
-            sampler.sync_weights(rollout.stored_policy(source, partial(models.named_weights, hf)), version=version)
+            sampler.sync_weights(rollout.stored_policy(source, partial(loading.named_weights, hf)), version=version)
             canary.check(sampler, roles, version)
             scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
             kl: list[float | None] = [0.0] * len(scored.scores)
@@ -92,8 +95,8 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
         if value is not None
     }
     log.log(0, metrics)
-    facts = artifacts.describe(
-        main_source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None
+    facts = manifest.describe(
+        main_source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=None
     )
     return metrics, facts
 

@@ -8,17 +8,21 @@ from typing import Any
 
 import torch
 
-from alignkit import artifacts, batches, checkpoint, config, data, finite, interrupt, models, saving, tokens
 from alignkit.algorithms.base import cut_pays
-from alignkit.config import PPO
-from alignkit.engine import Engine, World, gathered, recomputed
-from alignkit.log import Clock, RunLog
+from alignkit.config import stages
+from alignkit.config.stages import PPO
+from alignkit.core.types import Experience, Loss, Metrics, Rollouts, RunError, Saved, ScoredRollouts
+from alignkit.data import dataset, encode
+from alignkit.models import loading
 from alignkit.rewards import base as rewards
-from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
-from alignkit.stages import _identity
-from alignkit.stages._ptx import PtxBatches
-from alignkit.types import Experience, Loss, Metrics, Rollouts, RunError, Saved, ScoredRollouts
+from alignkit.rollout import canary as attest
+from alignkit.runs import manifest
+from alignkit.stages import token_ids
+from alignkit.stages.ptx import PtxBatches
+from alignkit.tracking.run_log import Clock, RunLog
+from alignkit.training import batches, checkpoint, finite, interrupt, saving
+from alignkit.training.engine import Engine, World, gathered, recomputed
 
 
 def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
@@ -31,26 +35,26 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         log.note(f"algorithm={algorithm.name} has no critic: critic.* and critic_optimizer.* are not used")
 
     # 1. Prompts, and the data of PPO-ptx.
-    source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.of_model(source, cfg.model, log.note)
+    source = manifest.resolve_model(cfg.model.path)
+    tokenizer = encode.of_model(source, cfg.model, log.note)
     rows = cfg.data.rows("prompt")
-    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    prompts, dropped = encode.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
-    order = tokens.PromptSampler(len(prompts), cfg.seed)
+    order = encode.PromptSampler(len(prompts), cfg.seed)
     ptx = PtxBatches(cfg, tokenizer, log) if cfg.ptx.coef else None
 
     # 2. Policy, reference, critic and reward model; an optimizer for each of the two that train.
     learned = {name: "reward_model" for name, item in cfg.rewards.items() if item.name == "reward_model"}
     reward_source = next(
-        (artifacts.resolve_model(cfg.rewards[name].path, f"rewards.{name}.path") for name in learned), None
+        (manifest.resolve_model(cfg.rewards[name].path, f"rewards.{name}.path") for name in learned), None
     )
     if reward_source is not None:
-        artifacts.check_tokenizer({"model": source, "reward_model": reward_source}, tokens.tokenizer_hash(tokenizer))
-        log.note(_identity.check(reward_source.adapter or Path(reward_source.base), tokenizer))
+        manifest.check_tokenizer({"model": source, "reward_model": reward_source}, encode.tokenizer_hash(tokenizer))
+        log.note(token_ids.check(reward_source.adapter or Path(reward_source.base), tokenizer))
     with log.progress("loading the models", 0):
         critic = cfg.critic if algorithm.needs_critic else None
         roles = cfg.finetune.roles(cfg.model, source, reward_source, len(tokenizer), critic, cfg.seed)
-        roles.ends = tokens.stops(tokenizer)
+        roles.ends = encode.stops(tokenizer)
         engines = {
             role: Engine(
                 roles, parameters, optimizer, cfg.deepspeed, world,
@@ -61,10 +65,10 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             if (parameters := cfg.finetune.parameters(roles, role))
         }  # fmt: skip
 
-    facts = artifacts.describe(
+    facts = manifest.describe(
         source,
-        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
-        data_hash=data.fingerprint(rows),
+        tokenizer_hash=encode.tokenizer_hash(tokenizer),
+        data_hash=dataset.fingerprint(rows),
         adapter=None,
         nf4=cfg.finetune.nf4,
     )
@@ -72,7 +76,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     def write_weights(folder: Path) -> None:
         with gathered(roles.model("policy")):
             if world.rank == 0:
-                tokens.name_ends(roles.model("policy"), tokenizer)
+                encode.name_ends(roles.model("policy"), tokenizer)
                 cfg.finetune.save(roles, folder / "model")
 
     state, shuffle = algorithm.start(), torch.Generator().manual_seed(cfg.seed)
@@ -120,7 +124,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         again = [drawn[:i].count(prompt) for i, prompt in enumerate(drawn)]  # a prompt drawn twice: other answers
         mine = slice(world.rank, None, world.size)
         chosen = [prompts[i] | {"draw": n} for i, n in zip(drawn[mine], again[mine], strict=True)]
-        batch = tokens.collate_prompts(chosen, tokenizer.pad_token_id)
+        batch = encode.collate_prompts(chosen, tokenizer.pad_token_id)
         return sampler.generate(batch, cfg.group_size, cfg.seed, step)
 
     def save(step: int) -> None:  # the one that comes next
@@ -130,10 +134,10 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         def write(folder: Path) -> None:
             write_weights(folder)
             if world.rank == 0:
-                tokens.save_tokenizer(tokenizer, folder / "model")
+                encode.save_tokenizer(tokenizer, folder / "model")
                 adapter = (folder / "model" / "adapter_config.json").is_file()
-                config.save(cfg, folder / "config.yaml")
-                artifacts.describe_checkpoint(folder, cfg.run_dir, cfg.stage, step, facts | {"adapter": adapter})
+                stages.save(cfg, folder / "config.yaml")
+                manifest.describe_checkpoint(folder, cfg.run_dir, cfg.stage, step, facts | {"adapter": adapter})
 
         kept = (cfg.keep_last, cfg.keep_best)
         checkpoint.save(cfg.run_dir, progress, {"shuffle": shuffle}, engines, world, *kept, write)
@@ -161,7 +165,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
                 sampler.sleep()
             stop_if_asked(step)  # nothing has changed yet but the prompts drawn
             if step == first:
-                same, finished = _identity.same_ids(rollouts, tokenizer)
+                same, finished = token_ids.same_ids(rollouts, tokenizer)
                 log.note(f"{same} of {finished} finished responses have the ids that their text encodes to")
             cursor = order.state_dict()
             if lag and step + 1 < cfg.steps:
@@ -232,7 +236,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         write_weights(cfg.run_dir)
     with saving.beside(cfg.run_dir / "model"):
         if world.rank == 0:
-            tokens.save_tokenizer(tokenizer, cfg.run_dir / "model")
+            encode.save_tokenizer(tokenizer, cfg.run_dir / "model")
         sampler.close()
     log.note(clock.describe())
     facts["adapter"] = (cfg.run_dir / "model" / "adapter_config.json").is_file()
@@ -264,7 +268,7 @@ def forward(cfg: PPO, roles: torch.nn.Module, rollouts: Rollouts) -> dict[str, t
 
     rows = rollouts.flush_left()
     slots = rollouts.response_ids.shape[1]
-    found = batches.map_rows(every_role, *rows, slots, cfg.micro_batch_size, behind=1, together=models.is_cut(roles))
+    found = batches.map_rows(every_role, *rows, slots, cfg.micro_batch_size, behind=1, together=loading.is_cut(roles))
     named = {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
     if "critic_on_trunk" in named:
         named["critic"] = named.pop("critic_on_trunk")

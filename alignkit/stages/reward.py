@@ -9,43 +9,46 @@ from typing import Any
 import torch
 from trl import RewardConfig, RewardTrainer
 
-from alignkit import artifacts, batches, data, models, saving, tokens
 from alignkit.algorithms import functional as F
-from alignkit.config import Reward
-from alignkit.engine import World, gathered
-from alignkit.log import RunLog
-from alignkit.stages import _card, _identity, _trl
-from alignkit.types import RunError
+from alignkit.config.stages import Reward
+from alignkit.core.types import RunError
+from alignkit.data import dataset, encode
+from alignkit.models import loading
+from alignkit.runs import manifest
+from alignkit.stages import card, token_ids, trl
+from alignkit.tracking.run_log import RunLog
+from alignkit.training import batches, saving
+from alignkit.training.engine import World, gathered
 
 
 def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Pairs and tokens; the split is by prompt.
-    source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.of_model(source, cfg.model, log.note)
-    artifacts.check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
-    rows, held_out = _trl.split_rows(cfg)
-    train, dropped = tokens.preference_dataset(rows, tokenizer, cfg.max_length)
+    source = manifest.resolve_model(cfg.model.path)
+    tokenizer = encode.of_model(source, cfg.model, log.note)
+    manifest.check_tokenizer({"model": source}, encode.tokenizer_hash(tokenizer))
+    rows, held_out = trl.split_rows(cfg)
+    train, dropped = encode.preference_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training pairs: {dropped.describe()}")
     evaluation = None
     if held_out:
-        evaluation, dropped = tokens.preference_dataset(held_out, tokenizer, cfg.max_length)
+        evaluation, dropped = encode.preference_dataset(held_out, tokenizer, cfg.max_length)
         log.note(f"held-out pairs: {dropped.describe()}")
 
     # 2. The base with a scalar head; its adapter starts as the SFT run's, where there is one.
-    hf = models.load_base(
+    hf = loading.load_base(
         source.base, cfg.model, len(tokenizer), "AutoModelForSequenceClassification", cfg.finetune.nf4, num_labels=1
     )
     hf.config.pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(cfg.seed)
-    hf.score = models.score_head(hf.config.hidden_size, generator, bias=False).to(hf.dtype)
+    hf.score = loading.score_head(hf.config.hidden_size, generator, bias=False).to(hf.dtype)
     peft_config = cfg.finetune.peft_config("SEQ_CLS", hf)
     if peft_config is not None:
         torch.manual_seed(cfg.seed)
-        hf = models.adapt_for_scores(hf, peft_config, source.adapter)
+        hf = loading.adapt_for_scores(hf, peft_config, source.adapter)
     names = {name: f"reward_model/{name}" for name in ("loss", "accuracy", "learning_rate")}
-    reporter = _trl.Reporter(log, names, ("reward_model/loss", "reward_model/accuracy"))
-    facts = artifacts.describe(
-        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows),
+    reporter = trl.Reporter(log, names, ("reward_model/loss", "reward_model/accuracy"))
+    facts = manifest.describe(
+        source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows),
         adapter=peft_config is not None, nf4=cfg.finetune.nf4,
     )  # fmt: skip
 
@@ -53,12 +56,12 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         """Write the head, and the ids that the model was trained on."""
         with gathered(_head_of(model)):
             if world.rank == 0:
-                models.save_head(normalised_head(model, mean, std, normalize), folder)
-                _identity.write(rows, tokenizer, folder)
+                loading.save_head(normalised_head(model, mean, std, normalize), folder)
+                token_ids.write(rows, tokenizer, folder)
 
-    trainer = _trl.careful(PairTrainer, cfg, world, reporter, facts, complete)(
+    trainer = trl.careful(PairTrainer, cfg, world, reporter, facts, complete)(
         model=hf,
-        args=_trl.arguments(
+        args=trl.arguments(
             RewardConfig, cfg, world, max_length=None, center_rewards_coefficient=cfg.center_coef, disable_dropout=True
         ),
         train_dataset=train,
@@ -67,9 +70,9 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     )
 
     # 3. Train, and write what was trained.
-    metrics = _trl.train(trainer, cfg, world, log) | {"train_pairs": len(train)}
+    metrics = trl.train(trainer, cfg, world, log) | {"train_pairs": len(train)}
     model_dir = cfg.run_dir / "model"
-    tokens.name_ends(hf, tokenizer)
+    encode.name_ends(hf, tokenizer)
     with saving.weights(model_dir):
         trainer.save_model(str(model_dir))
 
@@ -84,14 +87,14 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         mean, std = float(torch.cat([chosen, rejected]).mean()), float(torch.cat([chosen, rejected]).std(correction=0))
         metrics |= {"score_mean": mean, "score_std": std}
         if world.rank == 0:
-            tokens.save_tokenizer(tokenizer, model_dir)
+            encode.save_tokenizer(tokenizer, model_dir)
         complete(trainer.model, model_dir, mean, std, cfg.normalize)
         if evaluation is not None:
             metrics |= accuracy_metrics(chosen, rejected)
-            _card.write(cfg, (chosen, rejected), held_out, tokenizer, score, world, log)
+            card.write(cfg, (chosen, rejected), held_out, tokenizer, score, world, log)
     adapter = (model_dir / "adapter_config.json").is_file()
-    facts = artifacts.describe(
-        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=adapter,
+    facts = manifest.describe(
+        source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=adapter,
         nf4=cfg.finetune.nf4,
     )  # fmt: skip
     return metrics, facts
@@ -142,9 +145,9 @@ def score_pairs(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with gathered(head := _head_of(model)):
         scores = batches.map_rows(
-            lambda i, m, starts, slots: models.apply_head(head, models.last_valid(models.trunk_hidden(base, i, m), m)),
+            lambda i, m, starts, slots: loading.apply_head(head, loading.last_valid(loading.trunk_hidden(base, i, m), m)),
             ids, mask, torch.zeros(len(ids), dtype=torch.long, device=world.device), longest, 2 * micro_batch_size,
-            together=models.is_cut(base),
+            together=loading.is_cut(base),
         )  # fmt: skip
     shares = world.gather((mine, scores[: 2 * len(mine)].reshape(-1, 2).cpu()))
     table = torch.empty(len(pairs), 2)

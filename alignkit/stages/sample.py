@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import math
 
-from alignkit import artifacts, data, models, tokens
-from alignkit.config import Sample
-from alignkit.engine import World
-from alignkit.log import RunLog, write_atomic
+from alignkit.config.stages import Sample
+from alignkit.core.types import InputError
+from alignkit.data import dataset, encode
+from alignkit.models import loading
 from alignkit.rewards import base as rewards
-from alignkit.rollout import attest
 from alignkit.rollout import base as rollout
-from alignkit.types import InputError
+from alignkit.rollout import canary
+from alignkit.runs import manifest
+from alignkit.tracking.run_log import RunLog, write_atomic
+from alignkit.training.engine import World
 
 
 def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Policy, prompts and the engine that answers them.
-    source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.of_model(source, cfg.model, log.note)
-    artifacts.check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
+    source = manifest.resolve_model(cfg.model.path)
+    tokenizer = encode.of_model(source, cfg.model, log.note)
+    manifest.check_tokenizer({"model": source}, encode.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
-    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    prompts, dropped = encode.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
     if len(prompts) < world.size:
         raise InputError(
@@ -29,24 +31,24 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
         )
     mine = prompts[world.rank :: world.size]
     with log.progress("starting the engine", 0):
-        hf = models.load_policy(source, cfg.model, len(tokenizer)).to(world.device)
-        roles = models.single_role(hf)
+        hf = loading.load_policy(source, cfg.model, len(tokenizer)).to(world.device)
+        roles = loading.single_role(hf)
         sampler = cfg.rollout.start(
             rollout.Context.of(
                 cfg, source, tokenizer, max_sequences=len(mine) * cfg.group_size, roles=roles,
                 adapter_rank=rollout.stored_rank(cfg.rollout, [source]), note=log.note,
             )
         )  # fmt: skip
-        sampler.sync_weights(rollout.stored_policy(source, lambda: models.named_weights(hf)), version=1)
-        attest.Canary.of(cfg, prompts, tokenizer).check(sampler, roles, version=1)
-    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, artifacts.resolve_model, world.device))
+        sampler.sync_weights(rollout.stored_policy(source, lambda: loading.named_weights(hf)), version=1)
+        canary.Canary.of(cfg, prompts, tokenizer).check(sampler, roles, version=1)
+    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, manifest.resolve_model, world.device))
 
     # 2. Sample and score, a chunk at a time.
     pairs, answered, kept = [], [], 0
     chunk = 32
     with log.progress("sampling", len(prompts), unit="prompt") as bar:
         for start in range(0, len(mine), chunk):
-            batch = tokens.collate_prompts(mine[start : start + chunk], tokenizer.pad_token_id)
+            batch = encode.collate_prompts(mine[start : start + chunk], tokenizer.pad_token_id)
             scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
             texts = rewards.response_texts(tokenizer, scored.rollouts)
             for first in range(0, len(texts), cfg.group_size):
@@ -88,8 +90,8 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
         "skipped": skipped,
         "score_mean": math.fsum(scores) / len(scores),  # the same bits whichever rank has which
     }
-    facts = artifacts.describe(
-        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=data.fingerprint(rows), adapter=None
+    facts = manifest.describe(
+        source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=None
     )
     return metrics, facts
 

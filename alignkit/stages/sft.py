@@ -7,47 +7,50 @@ from typing import Any
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from alignkit import artifacts, data, models, saving, tokens
-from alignkit.config import SFT
-from alignkit.engine import World
-from alignkit.log import RunLog
-from alignkit.stages import _measure, _trl
+from alignkit.config.stages import SFT
+from alignkit.data import dataset, encode
+from alignkit.models import loading
+from alignkit.runs import manifest
+from alignkit.stages import measure, trl
+from alignkit.tracking.run_log import RunLog
+from alignkit.training import saving
+from alignkit.training.engine import World
 
 
 def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Rows and tokens.
-    source = artifacts.resolve_model(cfg.model.path)
-    tokenizer = tokens.of_model(source, cfg.model, log.note)
-    rows, held_out = _trl.split_rows(cfg)
-    train, dropped = tokens.sft_dataset(rows, tokenizer, cfg.max_length)
+    source = manifest.resolve_model(cfg.model.path)
+    tokenizer = encode.of_model(source, cfg.model, log.note)
+    rows, held_out = trl.split_rows(cfg)
+    train, dropped = encode.sft_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training rows: {dropped.describe()}")
     evaluation = None
     if held_out:
-        evaluation, dropped = tokens.sft_dataset(held_out, tokenizer, cfg.max_length)
+        evaluation, dropped = encode.sft_dataset(held_out, tokenizer, cfg.max_length)
         log.note(f"held-out rows: {dropped.describe()}")
 
     # 2. The base, and what of it trains.
-    hf = models.load_base(source.base, cfg.model, len(tokenizer), nf4=cfg.finetune.nf4)
+    hf = loading.load_base(source.base, cfg.model, len(tokenizer), nf4=cfg.finetune.nf4)
     peft_config = cfg.finetune.peft_config("CAUSAL_LM", hf)
     if source.adapter is not None:
-        hf = models.continue_adapter(hf, source.adapter)
+        hf = loading.continue_adapter(hf, source.adapter)
     elif peft_config is not None:
         torch.manual_seed(cfg.seed)
-        hf = models.new_adapter(hf, peft_config)
+        hf = loading.new_adapter(hf, peft_config)
     if cfg.neftune_noise_alpha is not None:
         add_noise(hf, cfg.neftune_noise_alpha)
     names = {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}
-    reporter = _trl.Reporter(log, names, ("policy/loss",))
-    facts = artifacts.describe(
+    reporter = trl.Reporter(log, names, ("policy/loss",))
+    facts = manifest.describe(
         source,
-        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
-        data_hash=data.fingerprint(rows),
+        tokenizer_hash=encode.tokenizer_hash(tokenizer),
+        data_hash=dataset.fingerprint(rows),
         adapter=source.adapter is not None or peft_config is not None,
         nf4=cfg.finetune.nf4,
     )
-    trainer = _trl.careful(SFTTrainer, cfg, world, reporter, facts)(
+    trainer = trl.careful(SFTTrainer, cfg, world, reporter, facts)(
         model=hf,
-        args=_trl.arguments(
+        args=trl.arguments(
             SFTConfig,
             cfg,
             world,
@@ -60,22 +63,22 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     )
 
     # 3. Train, write the model for the next stage, measure it on the held-out rows.
-    metrics = _trl.train(trainer, cfg, world, log)
+    metrics = trl.train(trainer, cfg, world, log)
     model_dir = cfg.run_dir / "model"
-    tokens.name_ends(hf, tokenizer)
+    encode.name_ends(hf, tokenizer)
     with saving.weights(model_dir):
         trainer.save_model(str(model_dir))
     with saving.beside(model_dir):
         if world.rank == 0:
-            tokens.save_tokenizer(tokenizer, model_dir)
+            encode.save_tokenizer(tokenizer, model_dir)
     if evaluation is not None:
         with saving.beside(model_dir):
             pad_id, micro = tokenizer.pad_token_id, cfg.micro_batch_size
-            metrics |= _measure.held_out(trainer, evaluation, pad_id, world, micro)
-    facts = artifacts.describe(
+            metrics |= measure.held_out(trainer, evaluation, pad_id, world, micro)
+    facts = manifest.describe(
         source,
-        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
-        data_hash=data.fingerprint(rows),
+        tokenizer_hash=encode.tokenizer_hash(tokenizer),
+        data_hash=dataset.fingerprint(rows),
         adapter=(model_dir / "adapter_config.json").is_file(),
         nf4=cfg.finetune.nf4,
     )

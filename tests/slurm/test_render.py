@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from alignkit.core.types import InputError
 from alignkit.launch.slurm import Slurm, read_site, render, seconds, template
-from alignkit.types import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +106,7 @@ def test_values_reach_sbatch_and_the_ranks_as_they_are(cluster, tmp_path):
     job = cluster.ask("sbatch", "--parsable", stdin=text).strip()
     assert cluster.ended(job) == "COMPLETED"
     for rank in range(4):
-        words = f"{odd}|{rank}|4|{rank % 2}|-m alignkit.run sft {tmp_path}/runs/a b/sft"
+        words = f"{odd}|{rank}|4|{rank % 2}|-m alignkit.worker sft {tmp_path}/runs/a b/sft"
         assert (tmp_path / f"odd.{rank}").read_text() == words
     assert "Comment=a b" in cluster.ask("scontrol", "show", "job", job)
     assert [path.name for path in (tmp_path / "runs/a b/sft/logs").iterdir()] == [f"sft-{job}.log"]

@@ -13,7 +13,7 @@ from command import alignkit
 from jobs import STAGES, manifest, metrics
 from safetensors.torch import load_file
 
-from alignkit import jobs
+from alignkit.jobs import steps
 from alignkit.launch import scheduler
 
 LAUNCHER = ["launcher=slurm", "launcher.time=00:30:00", "launcher.threads=1", "logger=none"]
@@ -79,13 +79,13 @@ def test_a_pipeline_is_a_chain_of_jobs_that_ends_with_its_report(cluster, work):
     root = work / "runs" / "whole"
     submitted(*pipeline(work, "whole"), run_dir=root / "evaluate")
     ids = [scheduler.read_record(root / stage) for stage in STAGES]
-    assert [item.status for item in jobs.status(root)][1:] == ["queued"] * 4
+    assert [item.status for item in steps.status(root)][1:] == ["queued"] * 4
     assert cluster.ended(ids[-1], timeout=600) == "COMPLETED", "".join(logs(root / stage) for stage in STAGES)
-    assert [item.status for item in jobs.status(root)] == ["done"] * 5
+    assert [item.status for item in steps.status(root)] == ["done"] * 5
     for before, stage in zip(ids, STAGES[1:], strict=False):
         assert json.loads((root / stage / "slurm.json").read_text())["after"] == [before]
     # what a later job read is in its manifest, by the hash of what the earlier one left
-    from alignkit.artifacts import manifest_hash
+    from alignkit.runs.manifest import manifest_hash
 
     assert manifest(root / "ppo")["inputs"]["model"] == {
         "path": str(root / "sft"),
@@ -114,7 +114,7 @@ def test_a_sweep_as_arrays_trains_what_its_runs_share_once_and_its_table_has_fou
     for stage in ("sft", "sample", "reward"):
         assert sum(not (run / stage).is_symlink() for run in runs) == 1
     for run in runs:
-        assert [item.status for item in jobs.status(run)] == ["done"] * 5 and (run / "report.html").exists()
+        assert [item.status for item in steps.status(run)] == ["done"] * 5 and (run / "report.html").exists()
         assert len(metrics(run / "ppo")) == 2
     scores = {json.dumps(metrics(run / "ppo")[-1]["policy/loss"]) for run in runs}
     assert len(scores) == 4  # every task ran with its own settings
@@ -141,7 +141,7 @@ def test_a_stage_that_fails_cancels_the_later_ones_and_says_why(cluster, work):
     cluster.ask("scontrol", "update", f"JobId={first}", "StartTime=now")
     assert cluster.ended(first) == "FAILED" and cluster.show(first)["ExitCode"] == "2:0", logs(runs / "fails" / "sft")
     assert cluster.ended(second) == "CANCELLED"
-    sft, reward = jobs.status(runs / "fails")
+    sft, reward = steps.status(runs / "fails")
     assert (sft.status, reward.status) == ("failed", "cancelled")
     assert "gone.jsonl" in sft.detail and "did not end well" in reward.detail
 
@@ -152,10 +152,10 @@ def test_a_run_folder_with_a_job_is_in_use_until_it_is_cancelled(cluster, work):
     for more in (["resume=true"], [*LAUNCHER, "resume=true"]):
         refused = alignkit(*ppo(work, name, *more))
         assert refused.returncode == 2 and f"in use by Slurm job {job} (PENDING)" in refused.stderr
-    (waiting,) = jobs.status(run_dir)
+    (waiting,) = steps.status(run_dir)
     assert waiting.status == "queued" and waiting.job == job and "BeginTime" in waiting.detail
     assert f"job {job} (PENDING)" in alignkit("cancel", str(run_dir)).stdout
-    (cancelled,) = jobs.status(run_dir)
+    (cancelled,) = steps.status(run_dir)
     assert cancelled.status == "cancelled"
     assert "nothing of it is queued or running" in alignkit("cancel", str(run_dir)).stdout
 

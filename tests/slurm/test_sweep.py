@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command import alignkit
 
-from alignkit import jobs
+from alignkit.jobs import steps
 
 SHARED = ("sft", "sample", "reward")
 STAGES = (*SHARED, "ppo", "evaluate")
@@ -60,7 +60,7 @@ def test_a_sweep_of_ppo_is_two_arrays_after_one_chain(cluster, command, tmp_path
         own = [f"{ppo}_{number}", f"{evaluate}_{number}"]
         assert [job(run / stage) for stage in STAGES] == [sft, sample, reward, *own]
         assert all((run / stage).is_symlink() == (number > 0) for stage in SHARED)
-        assert [item.status for item in jobs.status(run)] == ["queued"] * 5
+        assert [item.status for item in steps.status(run)] == ["queued"] * 5
     assert "Dependency" not in cluster.show(sft) or cluster.show(sft)["Dependency"] == "(null)"
     assert waits_for(cluster, sample) == [f"afterok:{sft}"] and waits_for(cluster, reward) == [f"afterok:{sample}"]
     assert waits_for(cluster, ppo) == [f"afterok:{reward}"]
@@ -72,7 +72,7 @@ def test_a_sweep_of_ppo_is_two_arrays_after_one_chain(cluster, command, tmp_path
     assert ended.returncode == 0 and f"job {ppo}_1 (PENDING)" in ended.stdout
     for number, run in enumerate(runs):
         expected = ["queued"] * 3 + ["cancelled" if number == 1 else "queued"] * 2
-        assert [item.status for item in jobs.status(run)] == expected
+        assert [item.status for item in steps.status(run)] == expected
 
 
 def test_where_more_stages_differ_each_waits_for_its_own(cluster, command, tmp_path):

@@ -8,14 +8,15 @@ import sys
 
 import torch
 
-from alignkit import models, tokens
+from alignkit.core.types import ModelSource, PromptBatch
+from alignkit.data import encode
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
-from alignkit.rollout.attest import gap
+from alignkit.models import loading
 from alignkit.rollout.base import Context, Sampling
+from alignkit.rollout.canary import gap
 from alignkit.rollout.hf import HF
 from alignkit.rollout.vllm import VLLM
-from alignkit.types import ModelSource, PromptBatch
 
 PAD, EOS = 1, 3  # of the tiny tokenizer; others are looked up
 
@@ -25,13 +26,13 @@ def batch_of(rows: list[list[int]], index: list[int] | None = None, draws: list[
         {"ids": ids, "index": i if index is None else index[i], "draw": draws[i] if draws else 0, "meta": {}}
         for i, ids in enumerate(rows)
     ]
-    return tokens.collate_prompts(prompts, PAD)
+    return encode.collate_prompts(prompts, PAD)
 
 
 def laws(path: str, dtype: str) -> dict:
     """The two engines as samplers, on one model."""
     source = ModelSource(base=path, tokenizer=path)
-    roles = LoRA().roles(models.Model(path=path, dtype=dtype), source, None, 320, None, 0).eval()
+    roles = LoRA().roles(loading.Model(path=path, dtype=dtype), source, None, 320, None, 0).eval()
     context = Context(path, dtype, 0, 64, EOS, PAD, 256, roles=roles, adapter_rank=16)
     vllm = VLLM(max_new_tokens=12, temperature=0.7).start(context)
     hf = HF(max_new_tokens=12, temperature=0.7).start(context)
@@ -79,12 +80,12 @@ def laws(path: str, dtype: str) -> dict:
 def syncs(path: str, dtype: str) -> dict:
     """The gap to the trainer after each of 20 syncs of moving weights: {payload: {"max": …, "mean": …}}."""
     global PAD
-    tokenizer = tokens.load_tokenizer(path)
+    tokenizer = encode.load_tokenizer(path)
     PAD = tokenizer.pad_token_id
     source = ModelSource(base=path, tokenizer=path)
-    model = models.Model(path=path, dtype=dtype)
+    model = loading.Model(path=path, dtype=dtype)
     texts = [f"Tell me something good about {what}." for what in ("rain", "a dog", "mountains", "old books")]
-    rows = [tokens.encode_prompt(tokenizer, text) for text in texts]
+    rows = [encode.encode_prompt(tokenizer, text) for text in texts]
     found = {}
     for name, finetune, payload in (
         ("adapter", LoRA(), "adapter"),

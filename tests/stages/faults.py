@@ -17,14 +17,14 @@ from unittest.mock import patch
 import torch
 from transformers import PreTrainedModel
 
-from alignkit import models
-from alignkit.engine import Optimizer
+from alignkit.core.types import Payload
 from alignkit.finetune.lora import LoRA
-from alignkit.rollout import attest
+from alignkit.models import loading
+from alignkit.rollout import canary as attest
 from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.server import ServerSampler
 from alignkit.rollout.vllm import VLLM, VLLMSampler
-from alignkit.types import Payload
+from alignkit.training.engine import Optimizer
 
 BAD = 3  # the version whose sync goes wrong
 
@@ -261,7 +261,7 @@ def classes_left_alone() -> Iterator[None]:
         def hidden():
             with torch.no_grad():
                 context.roles.switch("policy")
-                return models.trunk_hidden(context.roles.model("policy"), ids, every)
+                return loading.trunk_hidden(context.roles.model("policy"), ids, every)
 
         before, states = dict(transformers_classes()), hidden()
         start(self, config, context)

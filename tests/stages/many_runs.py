@@ -2,7 +2,7 @@
 
 A job whose name begins with that of a function in faults.py runs with that fault planted.
 
-Composes, checks, saves and loads each config as the command line does, then calls the stage as `alignkit.run` does: only
+Composes, checks, saves and loads each config as the command line does, then calls the stage as `alignkit.worker` does: only
 the start of Python and of DeepSpeed is shared. Prints one JSON line a job: {"name", "error" or null}.
 """
 
@@ -20,26 +20,28 @@ from pathlib import Path
 import faults
 import torch
 
-from alignkit import artifacts, config, engine, hashes
-from alignkit.cli import conf_dir
-from alignkit.log import RunLog
+from alignkit.cli.entry import conf_dir
+from alignkit.config import stages
+from alignkit.runs import hashes, manifest
+from alignkit.tracking.run_log import RunLog
+from alignkit.training import engine
 
 
 def run(stage: str, overrides: list[str], world: engine.World) -> None:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = config.to_config(compose(stage, overrides), stage)
+        cfg = stages.to_config(compose(stage, overrides), stage)
     if world.rank == 0:
         cfg.run_dir.mkdir(parents=True)
-        config.save(cfg, cfg.run_dir / "config.yaml")
+        stages.save(cfg, cfg.run_dir / "config.yaml")
     world.barrier()
-    cfg = config.load(cfg.run_dir / "config.yaml", stage)
+    cfg = stages.load(cfg.run_dir / "config.yaml", stage)
     with RunLog(cfg.run_dir, stage, world.rank, cfg.logger, {}) as log:
         measured, facts = importlib.import_module(f"alignkit.stages.{stage}").main(cfg, world, log)
     if world.rank == 0:
         facts = hashes.record(facts, cfg.run_dir, cfg.verify)
-        artifacts.write_manifest(cfg.run_dir, stage=stage, **facts, metrics=measured, status="done")
+        manifest.write_manifest(cfg.run_dir, stage=stage, **facts, metrics=measured, status="done")
     world.barrier()
 
 
@@ -54,7 +56,7 @@ def forget() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    config.register()
+    stages.register()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     world = engine.start()
     for name, (stage, *overrides) in json.loads(Path(sys.argv[1]).read_text()).items():

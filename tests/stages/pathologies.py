@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jobs import run_many
 
-from alignkit import artifacts
+from alignkit.runs import manifest
 
 HERE = Path(__file__).resolve().parent
 
@@ -95,7 +95,7 @@ def record(names: list[str]) -> None:
             if (path := Path("runs", name, "ppo", file)).is_file():
                 shutil.copy(path, folder)
         last = {} if error is None else {"error": error.strip().splitlines()[-1]}
-        artifacts.write_manifest(folder, stage="ppo", status="failed" if error else "done", **last)
+        manifest.write_manifest(folder, stage="ppo", status="failed" if error else "done", **last)
         print(name, last or "done", flush=True)
 
 

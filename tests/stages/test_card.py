@@ -13,9 +13,11 @@ from command import alignkit
 from jobs import manifest
 from safetensors.torch import load_file, save_file
 
-from alignkit import artifacts, models, tokens
-from alignkit.report_card import report_card
-from alignkit.stages._card import CHANGES, encode
+from alignkit.data import encode as tokens
+from alignkit.models import loading
+from alignkit.report.card import report_card
+from alignkit.runs import manifest as artifacts
+from alignkit.stages.card import CHANGES, encode
 
 KIND, UNKIND = ["good", "happy", "great", "love"], ["bad", "sad", "awful", "hate"]
 
@@ -63,7 +65,7 @@ def score_again(run: Path, rows: list[dict]) -> dict:
     """The card of a saved reward model, its scores read as PPO reads them."""
     source = artifacts.resolve_model(str(run))
     tokenizer = tokens.load_tokenizer(source.tokenizer)
-    roles = models.load_reward(source, models.Model(), len(tokenizer)).eval()
+    roles = loading.load_reward(source, loading.Model(), len(tokenizer)).eval()
     scores: dict[str, list[float]] = {"chosen": [], "rejected": []}
     for row in rows:
         for side, ids in encode(tokenizer, row).items():
@@ -101,7 +103,7 @@ def test_a_head_twenty_times_too_large_is_flagged(trained, tmp_path):
     assert card["points"]["rejected_lengths"] == written["points"]["rejected_lengths"]
     run = tmp_path / "sure" / "reward"
     shutil.copytree(trained / "good" / "reward", run)
-    head = run / "model" / models.HEAD_FILE
+    head = run / "model" / loading.HEAD_FILE
     save_file({name: 20 * tensor for name, tensor in load_file(head).items()}, head)
     card = score_again(run, rows)
     assert list(card["flags"]) == ["miscalibrated"] and "too sure" in card["flags"]["miscalibrated"]

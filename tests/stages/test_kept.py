@@ -10,7 +10,9 @@ from jobs import manifest, run_many
 from safetensors.torch import load_file
 from test_zero import WHOLE, job
 
-from alignkit import artifacts, checkpoint, hashes
+from alignkit.runs import hashes
+from alignkit.runs import manifest as artifacts
+from alignkit.training import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,17 @@ import pytest
 from command import alignkit
 from jobs import manifest, metrics, run_many
 
-from alignkit import config, tokens
-from alignkit.data import Data
-from alignkit.pipeline import check_inputs
+from alignkit.config import stages
+from alignkit.data import encode
+from alignkit.data.dataset import Data
+from alignkit.pipeline.stage import check_inputs
 from alignkit.plan import counts, memory
 from alignkit.plan import text as plan
 
 
 def planned(run_dir: Path) -> counts.Work:
     """The plan of a finished run, from what the run itself read: its config, its model and its rows."""
-    cfg = config.load(run_dir / "config.yaml", run_dir.name)
+    cfg = stages.load(run_dir / "config.yaml", run_dir.name)
     model = plan.Model.of(cfg, check_inputs(cfg, {}), None)
     return plan.make(cfg, model, memory.Device(2**35, gpu=False)).work
 
@@ -64,8 +65,8 @@ def test_ppo_of_a_pipeline(pipeline):
 
 def test_ppo_in_groups_with_epochs_and_prompts_left_out(tiny, rows, tmp_path):
     """Answers of one length each, so that the tokens are known too; prompts are drawn beyond an epoch."""
-    prompts, _ = tokens.prompt_dataset(
-        Data(path=str(rows), limit=20).rows("prompt"), tokens.load_tokenizer(str(tiny)), 500
+    prompts, _ = encode.prompt_dataset(
+        Data(path=str(rows), limit=20).rows("prompt"), encode.load_tokenizer(str(tiny)), 500
     )
     limit = sorted(len(prompt["ids"]) for prompt in prompts)[9]
     mine = tmp_path / "mine.py"

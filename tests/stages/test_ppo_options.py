@@ -10,9 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from jobs import metrics, run_many
 
-from alignkit import config
-from alignkit.cli import conf_dir
-from alignkit.types import InputError
+from alignkit.cli.entry import conf_dir
+from alignkit.config import stages
+from alignkit.core.types import InputError
 
 # {name: overrides}, over the `base` below. "{rows}" and "{mine}" stand for the data file and a reward function of two words.
 FLIPS = {
@@ -255,10 +255,10 @@ REFUSED = [
 
 @pytest.mark.parametrize("overrides, parts", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_07_meaningless_combinations_are_refused_with_their_values(overrides, parts):
-    config.register()
+    stages.register()
     given = ["run_name=x", "model.path=m", "data.path=d.jsonl", "rewards.reward_model.path=r", *overrides]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"), pytest.raises(Exception) as refused:
-        config.to_config(compose("ppo", given), "ppo")
+        stages.to_config(compose("ppo", given), "ppo")
     if len(parts) > 1:
         assert isinstance(refused.value, InputError)
     for part in parts:

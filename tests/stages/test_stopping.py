@@ -31,7 +31,7 @@ def stopped(run: Run, signum: int, after: int, ranks: bool = False, again: bool 
     targets = [command.pid]
     if ranks:
         lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in processes(str(run.path))}
-        targets = [pid for pid, words in lines.items() if b"alignkit.run" in words and b"--module" not in words]
+        targets = [pid for pid, words in lines.items() if b"alignkit.worker" in words and b"--module" not in words]
     for _ in range(1 + again):
         for pid in targets:
             os.kill(pid, signum)

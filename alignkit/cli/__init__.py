@@ -1,0 +1,3 @@
+"""The command line."""
+
+from alignkit.cli.entry import main as main

@@ -1,0 +1,1 @@
+"""What came of runs: summaries, pages, report cards, comparisons and diagnoses."""

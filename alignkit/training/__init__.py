@@ -1,0 +1,1 @@
+"""DeepSpeed, processes, optimizers, batches, checkpoints, and the ways a training stops."""
