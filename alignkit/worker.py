@@ -109,9 +109,10 @@ def report(error: Exception, run_dir: Path, rank: int) -> int:
 
     Where that cannot be written either, the disk being full, it stands in the log's last lines.
     """
+    from alignkit.core.io import append_jsonl
     from alignkit.core.types import InputError
     from alignkit.runs import manifest
-    from alignkit.tracking.run_log import PROGRESS, append_jsonl
+    from alignkit.tracking.run_log import PROGRESS
 
     kind = "input" if isinstance(error, InputError) else "run"
     said = f"{error}" if kind == "input" else f"{type(error).__name__}: {error}"

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.core import terminal
+from alignkit.core.io import read_jsonl
 from alignkit.core.types import InputError, RunError
 from alignkit.launch import scheduler, slurm
 from alignkit.runs import lock
 from alignkit.runs import manifest as artifacts
-from alignkit.tracking.run_log import PROGRESS, read_jsonl
+from alignkit.tracking.run_log import PROGRESS
 
 SAVED = 75  # exit code: saved, to be started again
 WAS_DONE = 3  # exit code of `job begin`: the stage is done, there is nothing to run

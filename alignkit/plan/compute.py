@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.io import read_jsonl
 from alignkit.core.types import InputError
 from alignkit.plan import counts, memory
 from alignkit.plan.shape import Shape
-from alignkit.tracking.run_log import read_jsonl
 
 
 def flops(cfg: Any, shape: Shape, work: counts.Work, starts_as_adapter: bool) -> dict[str, float]:

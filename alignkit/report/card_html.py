@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.io import plain, write_atomic
 from alignkit.report.html import Chart, draw, escape, figures, page, section
 from alignkit.report.summary import COLORS
-from alignkit.tracking.run_log import plain, write_atomic
 
 CHOSEN, REJECTED = COLORS["reward"], COLORS["ppo"]
 

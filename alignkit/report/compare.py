@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config import foreign
+from alignkit.core.io import write_atomic
 from alignkit.core.types import InputError, RunError
 from alignkit.report.html import draw, escape, figures, page, section
 from alignkit.report.summary import STAGES, RunFolder, between, fixed, number, signed
 from alignkit.runs.manifest import refuse_checkpoint
 from alignkit.tracking.console import clock, short
-from alignkit.tracking.run_log import write_atomic
 
 SAID_ELSEWHERE = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "name")
 MANY = 11  # columns of a table that a terminal still holds

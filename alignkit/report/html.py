@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.io import write_atomic
 from alignkit.report.summary import (
     COLORS,
     NAMES,
@@ -28,7 +29,6 @@ from alignkit.report.summary import (
     visible,
 )
 from alignkit.tracking.console import clock, short
-from alignkit.tracking.run_log import write_atomic
 
 
 def write_html(run: Path) -> Path:

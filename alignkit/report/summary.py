@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.io import plain, read_jsonl, write_atomic
 from alignkit.core.terminal import shown
 from alignkit.tracking.console import clock, short
-from alignkit.tracking.run_log import plain, read_jsonl, write_atomic
 
 STAGES = ("sft", "sample", "reward", "ppo", "evaluate")
 POLICIES = ("base", "sft", "ppo")

@@ -23,7 +23,7 @@ from alignkit.config import foreign
 from alignkit.runs.hashes import find_base, model_hash, record
 from alignkit.runs.hashes import started_in as started_in
 from alignkit.runs.lock import lock as lock
-from alignkit.tracking.run_log import write_atomic
+from alignkit.core.io import write_atomic
 from alignkit.core.types import InputError, ModelSource
 
 SCHEMA = 1

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from alignkit.config.stages import Evaluate
+from alignkit.core.io import write_atomic
 from alignkit.core.types import InputError
 from alignkit.data import dataset, encode
 from alignkit.models import loading
@@ -16,7 +17,7 @@ from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
 from alignkit.rollout import canary as attest
 from alignkit.runs import manifest
-from alignkit.tracking.run_log import RunLog, write_atomic
+from alignkit.tracking.run_log import RunLog
 from alignkit.training import batches
 from alignkit.training.engine import World
 

@@ -6,6 +6,7 @@ import json
 import math
 
 from alignkit.config.stages import Sample
+from alignkit.core.io import write_atomic
 from alignkit.core.types import InputError
 from alignkit.data import dataset, encode
 from alignkit.models import loading
@@ -13,7 +14,7 @@ from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
 from alignkit.rollout import canary
 from alignkit.runs import manifest
-from alignkit.tracking.run_log import RunLog, write_atomic
+from alignkit.tracking.run_log import RunLog
 from alignkit.training.engine import World
 
 

@@ -12,60 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.io import append_jsonl, plain, read_jsonl, write_atomic
 from alignkit.core.types import InputError, Rows
 
 PROGRESS = "logs/progress.jsonl"  # below the run dir
 
 
 # ---------------------------------------------------------------------------------------------- JSON lines
-
-
-def plain(value: Any) -> Any:
-    """`value` as something that valid JSON can hold: scalars of torch and numpy unwrapped, NaN as a string."""
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # a tensor or an array
-        return plain(value.tolist())
-    return str(value)
-
-
-def append_jsonl(path: Path, row: dict) -> None:
-    """One object, one line, written at once. A line cut short by a kill is closed first, so it spoils no other."""
-    line = json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
-            line = "\n" + line
-        file.write(line.encode())
-
-
-def read_jsonl(path: Path, offset: int = 0) -> list[dict]:
-    """The objects of a file from a byte on; [] where it does not exist. A line cut short by a kill is passed over."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_bytes()[offset:].decode(errors="replace").split("\n"):
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    rows.append(row)
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------- trackers
@@ -290,19 +251,6 @@ class RunLog:
 
     def _append(self, event: dict) -> None:
         append_jsonl(self.run_dir / PROGRESS, {**event, "time": round(time.time(), 3)})
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """The whole file or the old one, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Progress:
