@@ -21,7 +21,7 @@ def main() -> int:
     """The exit code: 0 done, 1 failed, 2 an input was refused, 75 asked to stop early and saved."""
     end_with_parent()
     stage, run_dir, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
-    from alignkit.core.types import Saved
+    from alignkit.core.errors import Saved
 
     held = lock.hold(run_dir)  # open until this process ends
     try:
@@ -64,9 +64,9 @@ def work(stage: str, run_dir: Path, rank: int) -> None:
     Raises:
         Saved: it was asked to stop and saved; the manifest says so.
     """
+    from alignkit.check.contents import check_contents, contents
     from alignkit.config import stages
-    from alignkit.core.types import Saved
-    from alignkit.pipeline import sharing
+    from alignkit.core.errors import Saved
     from alignkit.runs import hashes, manifest
     from alignkit.tracking.run_log import RunLog
     from alignkit.training import engine, interrupt
@@ -78,7 +78,7 @@ def work(stage: str, run_dir: Path, rank: int) -> None:
         sweep(run_dir)  # of an attempt that was killed; the ranks of this one make theirs after they have met
 
     held = (manifest.read_manifest(run_dir) or {}).get("contents", {})
-    sharing.check_contents(cfg, held, sharing.contents(cfg, keep_rows=True), "the command")
+    check_contents(cfg, held, contents(cfg, keep_rows=True), "the command")
 
     import torch
 
@@ -109,8 +109,8 @@ def report(error: Exception, run_dir: Path, rank: int) -> int:
 
     Where that cannot be written either, the disk being full, it stands in the log's last lines.
     """
+    from alignkit.core.errors import InputError
     from alignkit.core.io import append_jsonl
-    from alignkit.core.types import InputError
     from alignkit.runs import manifest
     from alignkit.tracking.run_log import PROGRESS
 

@@ -29,9 +29,9 @@ import torch
 from alignkit.cli.entry import conf_dir
 from alignkit.config import stages
 from alignkit.data import encode
+from alignkit.models.source import resolve_model
 from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
-from alignkit.runs import manifest
 from alignkit.stages import ppo
 from alignkit.tracking.run_log import Clock
 from alignkit.training import batches
@@ -127,7 +127,7 @@ def random_llama() -> Path:
 
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    demo = Path(manifest.resolve_model("demo:smollm2-135m-instruct").base)
+    demo = Path(resolve_model("demo:smollm2-135m-instruct").base)
     folder = Path(tempfile.mkdtemp(prefix="alignkit-llama-"))
     for file in demo.glob("*token*"):
         shutil.copy(file, folder)
@@ -154,7 +154,7 @@ def one_process() -> World:
 
 def build(cfg: stages.PPO, world: World) -> tuple:
     """Roles, engines, sampler, reward and a batch of prompts, made as the stage makes them."""
-    source = manifest.resolve_model(cfg.model.path)
+    source = resolve_model(cfg.model.path)
     tokenizer = encode.load_tokenizer(source.tokenizer)
     prompts, _ = encode.prompt_dataset(cfg.data.rows("prompt"), tokenizer, cfg.max_prompt_length)
     order = encode.PromptSampler(len(prompts), cfg.seed)

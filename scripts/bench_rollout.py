@@ -48,11 +48,11 @@ def compare(sizes: list[int], length: int, dtype: str) -> dict[str, float | str]
     from alignkit.data.dataset import Data
     from alignkit.finetune.lora import LoRA
     from alignkit.models import loading
+    from alignkit.models.source import resolve_model
     from alignkit.rollout.base import Context
     from alignkit.rollout.vllm import VLLM
-    from alignkit.runs import manifest
 
-    source = manifest.resolve_model("demo:smollm2-135m-instruct")
+    source = resolve_model("demo:smollm2-135m-instruct")
     tokenizer = encode.load_tokenizer(source.tokenizer)
     prompts, _ = encode.prompt_dataset(Data(path="demo:chitchat/train").rows("prompt"), tokenizer, 64)
     model = loading.Model(path="", dtype=dtype)

@@ -87,9 +87,9 @@ def write_settings(folder: Path, args: argparse.Namespace) -> Path:
     """What both sides run, as JSON."""
     from alignkit.data import encode
     from alignkit.data.dataset import Data
-    from alignkit.runs import manifest
+    from alignkit.models.source import resolve_model
 
-    source = manifest.resolve_model("demo:smollm2-135m-instruct")
+    source = resolve_model("demo:smollm2-135m-instruct")
     tokenizer = encode.load_tokenizer(source.tokenizer)
     prompts, _ = encode.prompt_dataset(Data(path="demo:chitchat/train").rows("prompt"), tokenizer, 64)
     path = folder / "settings.json"
@@ -122,10 +122,10 @@ def ours(settings: dict) -> dict:
     import torch
 
     from alignkit.data import encode
+    from alignkit.models.source import resolve_model
     from alignkit.rewards import base as rewards
     from alignkit.rollout import base as rollout
     from alignkit.rollout import canary as attest
-    from alignkit.runs import manifest
     from alignkit.stages import ppo
     from alignkit.tracking.run_log import Clock
     from alignkit.training import batches
@@ -143,7 +143,7 @@ def ours(settings: dict) -> dict:
         llama=False,
     )  # fmt: skip
     world = bench_ppo.one_process()
-    source = manifest.resolve_model(cfg.model.path)
+    source = resolve_model(cfg.model.path)
     tokenizer = encode.load_tokenizer(source.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         sft, reward = one_base.adapters(cfg, source, len(tokenizer), Path(folder))

@@ -25,7 +25,7 @@ from alignkit.algorithms import functional as F
 from alignkit.core.types import Rollouts, ScoredRollouts
 from alignkit.data import encode
 from alignkit.models import loading
-from alignkit.runs import manifest
+from alignkit.models.source import resolve_model
 from alignkit.stages import ppo
 from alignkit.training.engine import Engine
 
@@ -71,7 +71,7 @@ def worker(kind: str, folder: Path, overrides: list[str]) -> dict:
     """Losses of three optimizer steps, bytes of parameters and peak memory of this process."""
     cfg = bench_ppo.compose(overrides, llama=False)
     world = bench_ppo.one_process()
-    source = manifest.resolve_model(cfg.model.path)
+    source = resolve_model(cfg.model.path)
     tokenizer = encode.load_tokenizer(source.tokenizer)
     sft, reward = adapters(cfg, source, len(tokenizer), folder)
     if kind == "adapters":

@@ -76,7 +76,7 @@ def prepare(folder: Path) -> dict[str, str]:
 
     from alignkit.data import dataset
     from alignkit.data import encode as tokens
-    from alignkit.runs import manifest as artifacts
+    from alignkit.models.source import resolve_model
 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tiny" / "config.json").is_file():
@@ -84,7 +84,7 @@ def prepare(folder: Path) -> dict[str, str]:
     inputs = {"tiny": str(folder / "tiny"), "smollm2": "demo:smollm2-135m-instruct"}
     texts = dataset.Data(path="demo:chitchat/train", limit=96).rows("sft")
     for model in MODELS:
-        tokenizer = tokens.load_tokenizer(artifacts.resolve_model(inputs[model]).tokenizer)
+        tokenizer = tokens.load_tokenizer(resolve_model(inputs[model]).tokenizer)
         prompt, answer = (partial(encode, tokenizer) for encode in (tokens.encode_prompt, tokens.encode_response))
         made = [
             (lengthened(row["prompt"][-1]["content"], PROMPT, prompt), lengthened(row["completion"], ANSWER, answer))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from test_cli import command, make_work, refused
 
-from alignkit.core.types import InputError, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.types import ModelSource
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
 from alignkit.models import adapters, loading

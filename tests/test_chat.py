@@ -9,7 +9,7 @@ from tiny import SENTENCES, TEMPLATE, tiny_tokenizer
 
 from alignkit.check.model import check_template
 from alignkit.config import stages
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import encode
 from alignkit.data import template as chat
 from alignkit.stages import token_ids

@@ -17,7 +17,7 @@ from alignkit.check import data as check_data
 from alignkit.check import lints, minhash
 from alignkit.check.lints import Findings, HeldOut, RowLints
 from alignkit.check.token_lints import TokenLints, template_notes
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import encode
 from alignkit.data.dataset import Data
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from alignkit.check.model import check_source
-from alignkit.core.types import InputError, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.types import ModelSource
 from alignkit.models import loaded, loading
 
 KEY = "model.path=model"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignkit.core.types import InputError, RunError
+from alignkit.core.errors import InputError, RunError
 from alignkit.training import checkpoint
 from alignkit.training.engine import World
 

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from tiny import EOS, PAD, VOCAB, WORDS, tiny_model, tiny_tokenizer
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import dataset, encode
 from alignkit.data.dataset import Data
 from alignkit.data.encode import PromptSampler

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.core.types import InputError, RunError
+from alignkit.core.errors import InputError, RunError
 from alignkit.data import demo, encode
 from alignkit.data.dataset import Data
 

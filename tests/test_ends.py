@@ -12,7 +12,7 @@ import torch
 from tiny import EOS, PAD, SENTENCES, TEMPLATE, tiny_model, tiny_tokenizer
 
 from alignkit.algorithms import functional as F
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import encode, ends
 from alignkit.models import loading
 from alignkit.rewards.base import response_texts
@@ -369,7 +369,7 @@ def test_no_row_is_made_for_padding_and_the_saved_reward_model_scores_alike_else
         AutoTokenizer.from_pretrained(folder),
     )
     assert theirs.get_input_embeddings().weight.shape[0] == 300
-    from alignkit.runs.manifest import resolve_model
+    from alignkit.models.source import resolve_model
 
     tokenizer = encode.load_tokenizer(folder)
     ours = loading.load_reward(resolve_model(str(work / "runs/p/reward")), loading.Model(path="x"), len(tokenizer))

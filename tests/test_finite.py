@@ -11,7 +11,7 @@ from nets import ONE, full_roles, make_config, make_experience, make_rollouts, s
 from safetensors.torch import load_file
 
 from alignkit.algorithms.ppo import PPO
-from alignkit.core.types import RunError
+from alignkit.core.errors import RunError
 from alignkit.finetune.critic import Critic
 from alignkit.stages import ppo as stage
 from alignkit.training import finite

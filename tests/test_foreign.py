@@ -14,9 +14,9 @@ from test_cli import command, invoke, make_work, refused
 
 from alignkit.check import config as check_config
 from alignkit.cli import entry
-from alignkit.config import credentials, foreign, stages
-from alignkit.core import terminal
-from alignkit.core.types import InputError, RunError
+from alignkit.config import credentials, stages
+from alignkit.core import foreign, terminal
+from alignkit.core.errors import InputError, RunError
 from alignkit.launch import scheduler
 from alignkit.launch.slurm import Slurm
 from alignkit.rollout.server import Server

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from test_cli import command, invoke, make_work, refused
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
+from alignkit.models.source import resolve_model
 from alignkit.pipeline import lineage
 from alignkit.runs import hashes
 from alignkit.runs import manifest as artifacts
@@ -126,13 +127,13 @@ def test_every_byte_of_a_large_file_is_read_where_it_was_when_the_run_was_made(t
 @pytest.mark.parametrize("age", [lambda run: None, older], ids=["new manifest", "old manifest"])
 def test_a_run_is_the_same_from_any_directory(work, age, monkeypatch):
     age(Path("runs/base/sft"))
-    assert artifacts.resolve_model("runs/base/sft").base == "model"
+    assert resolve_model("runs/base/sft").base == "model"
     elsewhere = work / "elsewhere"
     shutil.copytree("model", elsewhere / "model")
     pad(str(elsewhere / "model/model.safetensors"))  # another model of that name
     monkeypatch.chdir(elsewhere)
-    assert artifacts.resolve_model(str(work / "runs/base/sft")).base == str(work / "model")
-    assert artifacts.resolve_model(str(work / "runs/base/sft/model")).base == str(work / "model")
+    assert resolve_model(str(work / "runs/base/sft")).base == str(work / "model")
+    assert resolve_model(str(work / "runs/base/sft/model")).base == str(work / "model")
     assert (
         invoke(
             *command("sft", f"model.path={work}/runs/base/sft", f"data.path={work}/answers.jsonl", "dry_run=true"),
@@ -146,15 +147,15 @@ def test_a_run_moves_with_its_base_and_may_be_renamed(work, tmp_path, monkeypatc
     Path("runs/base").rename("runs/other")
     place = (work).rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    assert Path(artifacts.resolve_model("moved/runs/other/sft").base).samefile(place / "model")
+    assert Path(resolve_model("moved/runs/other/sft").base).samefile(place / "model")
     assert lineage.trace(Path("moved/runs/other/sft"))["held"][2]["now"] == hashes.model_hash(place / "model")
 
 
 def test_a_run_that_moves_alone_finds_its_base_where_it_was(work, tmp_path):
     shutil.copytree("runs/base/sft", tmp_path / "alone")
-    assert artifacts.resolve_model(str(tmp_path / "alone")).base == "model"
+    assert resolve_model(str(tmp_path / "alone")).base == "model"
     os.chdir(tmp_path)
-    assert artifacts.resolve_model("alone").base == str(work / "model")
+    assert resolve_model("alone").base == str(work / "model")
 
 
 @pytest.mark.parametrize("base", ["org/model", "model"])
@@ -170,16 +171,16 @@ def test_a_folder_that_is_gone_is_never_asked_of_a_hub(work, base, age):
         config = run / "model/adapter_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
         with pytest.raises(InputError, match=f"its base model {base} was a folder and is not there: put it back"):
-            artifacts.resolve_model(given)
+            resolve_model(given)
 
 
 def test_a_folder_does_not_stand_in_for_a_hub_id(work):
     run = Path("runs/base/sft")
     artifacts.write_manifest(run, **made(run, "org/name"))
-    assert artifacts.resolve_model("runs/base/sft").base == "org/name"
+    assert resolve_model("runs/base/sft").base == "org/name"
     shutil.copytree("model", "org/name")
     with pytest.raises(InputError, match="its base model org/name came from the hub, and here is a folder"):
-        artifacts.resolve_model("runs/base/sft")
+        resolve_model("runs/base/sft")
 
 
 def test_an_adapter_finds_a_base_beside_it(work, monkeypatch):
@@ -188,4 +189,4 @@ def test_an_adapter_finds_a_base_beside_it(work, monkeypatch):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "../model"}))
     (work / "elsewhere").mkdir()
     monkeypatch.chdir(work / "elsewhere")
-    assert Path(artifacts.resolve_model("../adapter").base).samefile(work / "model")
+    assert Path(resolve_model("../adapter").base).samefile(work / "model")

@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny import SENTENCES, TEMPLATE
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import encode
 from alignkit.stages import token_ids
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_cli import finished_run, invoke, write_model
 
-from alignkit.core.types import InputError, RunError
+from alignkit.core.errors import InputError, RunError
 from alignkit.jobs import steps
 from alignkit.launch import scheduler
 from alignkit.launch.scheduler import Job, write_record

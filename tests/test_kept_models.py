@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_cli import STAGES, command, finished_run, invoke, make_work, refused
 
-from alignkit.core.types import RunError
+from alignkit.core.errors import RunError
+from alignkit.models.source import resolve_model
 from alignkit.pipeline import sharing
 from alignkit.runs import manifest as artifacts
 from alignkit.training import checkpoint
@@ -55,7 +56,7 @@ def test_every_stage_takes_one(work, stage):
 
 def test_it_is_what_the_run_says_it_is(work):
     path = AT.format("ppo")
-    source = artifacts.resolve_model(path)
+    source = resolve_model(path)
     assert (source.base, source.adapter, source.tokenizer) == (
         str(work / "model"),
         Path(path) / "model",
@@ -100,7 +101,7 @@ def test_one_of_an_earlier_version_names_the_command_that_makes_a_model(work):
 def test_one_that_trl_wrote_for_an_earlier_version_is_the_adapter_that_it_holds(work):
     path = work / keep(work / "runs/base/sft", 6, model=False)
     shutil.copytree(work / "runs/base/sft/model", path, dirs_exist_ok=True)
-    assert artifacts.resolve_model(str(path)).adapter == path
+    assert resolve_model(str(path)).adapter == path
 
 
 def test_a_stage_that_is_not_done_names_its_newest(work):

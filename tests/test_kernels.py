@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.training import kernels
 
 BUILD = """

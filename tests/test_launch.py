@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.launch import local
 from alignkit.launch.local import Local, free_port
 from alignkit.launch.node import devices

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import layouts
 from alignkit.data.dataset import Data
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.jobs import steps
 from alignkit.runs import lock
 from alignkit.runs.manifest import write_manifest

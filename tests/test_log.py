@@ -12,8 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from alignkit.core.errors import InputError
 from alignkit.core.io import append_jsonl, read_jsonl
-from alignkit.core.types import InputError
 from alignkit.tracking.console import _View, clock, follow, rate_text, short
 from alignkit.tracking.run_log import NoLogger, RunLog, Tensorboard, Wandb
 

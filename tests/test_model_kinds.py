@@ -17,7 +17,8 @@ import torch
 from test_cli import command, invoke, make_work, refused
 from tiny import ARCHITECTURES, VOCAB, tiny_architecture
 
-from alignkit.core.types import InputError, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.types import ModelSource
 from alignkit.finetune.lora import LoRA
 from alignkit.models import architectures, loading
 from alignkit.models.loading import Model

@@ -24,7 +24,8 @@ from nets import (
 )
 
 from alignkit.algorithms.ppo import PPO
-from alignkit.core.types import ModelSource, RunError
+from alignkit.core.errors import RunError
+from alignkit.core.types import ModelSource
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA

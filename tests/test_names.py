@@ -10,7 +10,7 @@ import pytest
 from test_cli import command, invoke, make_work, refused
 
 from alignkit.config import names
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from test_cli import command, invoke, make_work, refused
 from alignkit.check import config as check_config
 from alignkit.cli import entry
 from alignkit.config import overrides, stages
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.pipeline import sweep
 
 LIKE_OTHERS = ["007", "1e3", "1_000", "0x10", "true", "null", "2026-11-26", "1.0", "~", "inf", "nan", "-1", "???x"]

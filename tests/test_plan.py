@@ -13,7 +13,7 @@ import pytest
 from test_cli import BESIDE, MANDATORY, command, invoke, make_work, snapshot, write_rows
 from test_house import seconds, typed
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import encode as tokens
 from alignkit.plan import compute, counts, fit, memory
 from alignkit.plan import text as plan

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from test_house import composed
 
 from alignkit.config import stages
-from alignkit.core.types import InputError, RunError, Saved
+from alignkit.core.errors import InputError, RunError, Saved
 from alignkit.finetune.lora import LoRA
-from alignkit.runs import manifest
+from alignkit.models.source import resolve_model
 from alignkit.stages import ppo
 from alignkit.tracking.run_log import NoLogger, RunLog
 from alignkit.training import interrupt, saving
@@ -106,7 +106,7 @@ def test_a_checkpoint_holds_the_model_of_its_step(work, tiny, monkeypatch):
     with pytest.raises(Saved, match=f"saved at step 2 of {STEPS}"):
         run(work, tiny, "kept", 4, monkeypatch)
     kept = work / "kept" / "ppo" / "checkpoints" / "step_000002"
-    source = manifest.resolve_model(str(kept))
+    source = resolve_model(str(kept))
     assert (source.adapter, source.base, source.run) == (kept / "model", str(tiny), kept)
     trained = torch.load(kept / "policy" / "state.pt", weights_only=False)[0]
     saved = load_file(kept / "model" / "adapter_model.safetensors").values()

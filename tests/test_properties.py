@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from test_cli import MANDATORY, command, invoke, make_work, snapshot
 
 from alignkit.config import stages
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data.dataset import Data
 
 RULES = {

@@ -12,11 +12,13 @@ from tiny import TEMPLATE, tiny_model
 
 from alignkit.check import model
 from alignkit.check import reward as check_reward
-from alignkit.core.types import InputError, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.types import ModelSource
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
 from alignkit.models import loading
+from alignkit.models.source import resolve_model
 from alignkit.runs import manifest
 
 PAD = 1
@@ -92,7 +94,7 @@ def test_a_score_is_transformers_own(bases, tmp_path, style, kind):
         (tmp_path / "reward/adapter_config.json").write_text(
             json.dumps(config | {"modules_to_save": None, "task_type": None})
         )
-    source = manifest.resolve_model(str(tmp_path / "reward"))
+    source = resolve_model(str(tmp_path / "reward"))
     role = loading.load_reward(source, loading.Model(), VOCAB)
     ids, mask = rows()
     wanted = torch.cat(
@@ -125,7 +127,7 @@ def test_shards_and_a_regression_head_are_read(bases, tmp_path):
     hf.save_pretrained(tmp_path / "reward", max_shard_size="20KB")
     (tmp_path / "reward/model.safetensors").unlink(missing_ok=True)
     ids, mask = rows()
-    role = loading.load_reward(manifest.resolve_model(str(tmp_path / "reward")), loading.Model(), VOCAB)
+    role = loading.load_reward(resolve_model(str(tmp_path / "reward")), loading.Model(), VOCAB)
     torch.testing.assert_close(scores(role, ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0)
 
 
@@ -141,7 +143,7 @@ def test_ppo_scores_with_it_as_it_is_whatever_its_base(bases, tmp_path, tune, ki
     base = bases["llama"]
     other = save_model(tmp_path / "other", "gpt2", seed=5) if "another base" in kind else base
     hf = classifier(other, tmp_path / "reward", ADAPTERS.get(kind, PLAIN if kind.startswith("adapter") else None))
-    reward = manifest.resolve_model(str(tmp_path / "reward"))
+    reward = resolve_model(str(tmp_path / "reward"))
     finetune = LoRA(rank=4, alpha=8) if tune == "lora" else Full()
     roles = finetune.roles(loading.Model(), ModelSource(str(base)), reward, VOCAB, Critic(), seed=0).eval()
     ids, mask = rows()
@@ -219,7 +221,7 @@ def test_an_adapter_without_a_score_is_refused_from_its_json(bases, tmp_path, fa
     config, drop, words = BAD_ADAPTERS[fault]
     classifier(bases["llama"], tmp_path / "reward", PLAIN)
     change(tmp_path / "reward", drop, config)
-    source = manifest.resolve_model(str(tmp_path / "reward"))
+    source = resolve_model(str(tmp_path / "reward"))
     with pytest.raises(InputError, match=f"rewards.x.path=r: .*{words}"):
         model.check_source(source, "rewards.x.path=r", scores=True)
 
@@ -232,7 +234,7 @@ def test_an_adapter_on_a_run_of_ours_is_one_on_its_model(bases, tmp_path):
     manifest.write_manifest(run, stage="sft", status="done", adapter=False)
     hf = classifier(run / "model", tmp_path / "reward", PLAIN)
     change(tmp_path / "reward", config={"base_model_name_or_path": str(run)})
-    source = manifest.resolve_model(str(tmp_path / "reward"))
+    source = resolve_model(str(tmp_path / "reward"))
     assert source.base == str(run / "model")
     ids, mask = rows()
     torch.testing.assert_close(
@@ -240,7 +242,7 @@ def test_an_adapter_on_a_run_of_ours_is_one_on_its_model(bases, tmp_path):
     )
     manifest.write_manifest(run, adapter=True, base_model={"path": str(bases["llama"])})
     with pytest.raises(InputError, match=r"stands on another adapter.*merge"):
-        manifest.resolve_model(str(tmp_path / "reward"))
+        resolve_model(str(tmp_path / "reward"))
 
 
 # ------------------------------------------------------------------------------------------------------ whose tokens

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from alignkit.core.types import InputError, Rollouts, RunError
-from alignkit.pipeline import sharing
+from alignkit.check.contents import _source
+from alignkit.core.errors import InputError, RunError
+from alignkit.core.types import Rollouts
 from alignkit.rewards.base import Context
 from alignkit.rewards.function import Function
 
@@ -334,13 +335,13 @@ def test_an_edited_neighbour_is_seen_and_nothing_is_run_to_see_it(tmp_path):
     own = "import helper, os\nopen('ran', 'w')\ndef score(p, r, m): pass\n"
     write(tmp_path, {"own": own, "helper": "import deeper\n", "deeper": "A = 1\n"})
     function = Function(target=f"{tmp_path}/own.py:score")
-    before = sharing._source(function)
-    assert sharing._source(function) == before
+    before = _source(function)
+    assert _source(function) == before
     (tmp_path / "deeper.py").write_text("A = 2\n")
-    after = sharing._source(function)
+    after = _source(function)
     assert after != before
     (tmp_path / "bystander.py").write_text("A = 2\n")
-    assert sharing._source(function) == after
+    assert _source(function) == after
     assert not Path("ran").exists() and "helper" not in sys.modules
 
 

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from alignkit.check import data as check_data
 from alignkit.check import lints
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import columns
 from alignkit.data.dataset import Data
 

@@ -20,7 +20,8 @@ from transformers import (
 
 from alignkit.algorithms import functional as F
 from alignkit.algorithms.ppo import PPO
-from alignkit.core.types import InputError, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.types import ModelSource
 from alignkit.data.encode import collate_prompts
 from alignkit.models.loading import make_roles
 from alignkit.rollout.base import Context, stored_policy, stored_rank

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from alignkit.core.types import InputError, RunError
+from alignkit.core.errors import InputError, RunError
 from alignkit.models import loading
 from alignkit.models.loading import Model
 from alignkit.training import saving

@@ -9,7 +9,7 @@ from test_cli import command, invoke, make_work, refused, write_rows
 from test_sweeps import typed
 
 from alignkit.config import settings
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.pipeline import stage as pipeline
 from alignkit.runs import manifest
 

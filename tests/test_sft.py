@@ -13,9 +13,9 @@ from command import alignkit
 from alignkit.algorithms import functional as F
 from alignkit.data import encode
 from alignkit.models import loading
+from alignkit.models.source import resolve_model
 from alignkit.rollout.base import Context
 from alignkit.rollout.hf import HF
-from alignkit.runs import manifest
 from alignkit.stages import sft
 
 CASE = json.loads((Path(__file__).parent / "data" / "sft_masked_ce.json").read_text())
@@ -95,7 +95,7 @@ def test_26_the_end_is_learned(tiny, tmp_path):
 
 def finished(path: str) -> float:
     """The share of 64 sampled answers that end within 12 tokens."""
-    source = manifest.resolve_model(path)
+    source = resolve_model(path)
     tokenizer = encode.load_tokenizer(source.tokenizer)
     roles = loading.single_role(loading.load_policy(source, loading.Model(path=path), len(tokenizer))).eval()
     rows = [{"ids": encode.encode_prompt(tokenizer, f"Say yes {i}"), "index": i, "meta": {}} for i in range(64)]

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from alignkit.check import data
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data.dataset import Data
 from alignkit.data.files import read_file
 

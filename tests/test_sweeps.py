@@ -16,14 +16,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from test_cli import command, invoke, make_work, refused, write_rows
 
+from alignkit.check.contents import address, check_contents, contents
 from alignkit.cli import entry as cli
 from alignkit.config import stages
-from alignkit.core.types import InputError, RunError
+from alignkit.core.errors import InputError, RunError
 from alignkit.jobs import resume
+from alignkit.models.source import resolve_model
 from alignkit.pipeline import lineage, sharing, sweep
 from alignkit.pipeline import stage as pipeline
 from alignkit.report import compare
 from alignkit.runs import manifest
+from alignkit.runs.hashes import manifest_hash
 
 
 @pytest.fixture
@@ -41,9 +44,9 @@ def typed(stage: str, *overrides: str):
         return stages.to_config(compose(stage, [*command(stage)[1:], *overrides]), stage)
 
 
-def address(stage: str, *overrides: str) -> str:
+def address_of(stage: str, *overrides: str) -> str:
     cfg = typed(stage, *overrides)
-    return sharing.address(cfg, sharing.contents(cfg))
+    return address(cfg, contents(cfg))
 
 
 # --------------------------------------------------------------------------------------------------------- addresses
@@ -53,7 +56,7 @@ def address(stage: str, *overrides: str) -> str:
     "name", ["run_name=x", "runs_dir=elsewhere", "launcher.num_ranks=2", "logger=none", "reuse=true"]
 )
 def test_names_places_and_the_launch_are_not_in_the_address(work, name):
-    assert address("ppo", name) == address("ppo")
+    assert address_of("ppo", name) == address_of("ppo")
 
 
 @pytest.mark.parametrize(
@@ -61,31 +64,31 @@ def test_names_places_and_the_launch_are_not_in_the_address(work, name):
             "data.limit=2", "finetune.rank=4", "rollout=hf", "optimizer.learning_rate=1e-3", "rewards.reward_model.weight=2"],
 )  # fmt: skip
 def test_every_setting_is_in_the_address(work, key):
-    assert address("ppo", *key.split()) != address("ppo")
+    assert address_of("ppo", *key.split()) != address_of("ppo")
 
 
 def test_inputs_count_by_what_they_hold_not_by_where_they_lie(work):
-    before = address("ppo")
+    before = address_of("ppo")
     shutil.copytree("runs/base", "runs/copy")
     shutil.copy("prompts.jsonl", "same.jsonl")
     moved = ["model.path=runs/copy/sft", "rewards.reward_model.path=runs/copy/reward", "data.path=same.jsonl"]
-    assert address("ppo", *moved) == before
+    assert address_of("ppo", *moved) == before
     write_rows(Path("same.jsonl"), {"prompt": "another"})
-    assert address("ppo", *moved) != before
+    assert address_of("ppo", *moved) != before
 
 
 @pytest.mark.parametrize("parent", ["sft", "reward"])
 def test_a_parent_made_anew_makes_a_new_address(work, parent):
-    before = address("ppo")
+    before = address_of("ppo")
     manifest.write_manifest(Path("runs/base") / parent, started="later")
-    assert address("ppo") != before
+    assert address_of("ppo") != before
 
 
 def test_weights_of_a_model_folder_are_in_the_address(work):
     path = Path("model/model.safetensors")
-    before = address("sft", "model.path=model")
+    before = address_of("sft", "model.path=model")
     path.write_bytes(path.read_bytes() + b"1")
-    assert address("sft", "model.path=model") != before
+    assert address_of("sft", "model.path=model") != before
 
 
 def test_a_large_weight_file_is_known_by_its_places(tmp_path):
@@ -105,9 +108,9 @@ def test_a_large_weight_file_is_known_by_its_places(tmp_path):
 
 def test_the_source_of_a_reward_function_is_in_the_address(work):
     given = ["+reward@rewards.mine=function", "rewards.mine.target=my_reward.py:score"]
-    before = address("ppo", *given)
+    before = address_of("ppo", *given)
     Path("my_reward.py").write_text("def score(prompts, responses, meta):\n    return [1.0 for _ in responses]\n")
-    assert address("ppo", *given) != before
+    assert address_of("ppo", *given) != before
 
 
 # ------------------------------------------------------------------------------------------------------------ sharing
@@ -137,9 +140,9 @@ def test_only_a_done_whole_stage_of_that_address_is_found(tmp_path):
 def test_a_link_stands_for_the_stage_and_outlives_a_move_of_the_runs(work):
     sharing.link(Path("runs/new/part/sft"), Path("runs/base/sft"))
     Path("runs").rename("moved")
-    linked = manifest.resolve_model("moved/new/part/sft", "model.path")
+    linked = resolve_model("moved/new/part/sft", "model.path")
     assert linked.run == Path("moved/new/part/sft")
-    assert manifest.manifest_hash(linked.run) == manifest.manifest_hash(Path("moved/base/sft"))
+    assert manifest_hash(linked.run) == manifest_hash(Path("moved/base/sft"))
 
 
 def test_a_pipeline_keeps_what_another_run_has_made(work, capsys):
@@ -157,8 +160,8 @@ def test_a_pipeline_keeps_what_another_run_has_made(work, capsys):
 def finish_like(cfg, run_dir: Path) -> None:
     """What a finished stage of that config leaves, made with another commit."""
     run_dir.mkdir(parents=True)
-    contents = sharing.contents(cfg)
-    finish(run_dir, sharing.address(cfg, contents), stage=cfg.stage, contents=contents, git_commit="0" * 40)
+    found = contents(cfg)
+    finish(run_dir, address(cfg, found), stage=cfg.stage, contents=found, git_commit="0" * 40)
 
 
 def test_a_link_whose_stage_was_deleted_is_refused_with_the_fix(work):
@@ -322,7 +325,7 @@ def aligned(work) -> Path:
         shutil.copytree(f"runs/base/{stage}", f"runs/mine/{stage}")
         stages.save(cfg, cfg.run_dir / "config.yaml")
         manifest.write_manifest(
-            cfg.run_dir, contents=sharing.contents(cfg), config_hash=stages.config_hash(cfg), seed=3,
+            cfg.run_dir, contents=contents(cfg), config_hash=stages.config_hash(cfg), seed=3,
             git_commit="c" * 40, versions={"torch": "9.9"}, started="2026-01-01",
         )  # fmt: skip
     return work
@@ -346,9 +349,9 @@ def test_lineage_is_the_same_from_anywhere(aligned, tmp_path):
 
 
 def test_a_changed_parent_is_noticed(aligned):
-    before = manifest.manifest_hash(Path("runs/mine/reward"))
+    before = manifest_hash(Path("runs/mine/reward"))
     manifest.write_manifest(Path("runs/mine/reward"), started="2027-01-01")
-    after = manifest.manifest_hash(Path("runs/mine/reward"))
+    after = manifest_hash(Path("runs/mine/reward"))
     result = invoke("lineage", "runs/mine/ppo", cwd=aligned)
     assert result.code == 1
     assert f"rewards.reward_model.path runs/mine/reward changed since: manifest {before} -> {after}" in result.out
@@ -448,21 +451,21 @@ def test_a_rank_refuses_what_changed_after_the_command_read_it(work, key, change
         "evaluate", "+policies.a=model", "+reward@rewards.mine=function", "rewards.mine.target=mine.py:score",
         "model.chat_template=template.jinja",
     )  # fmt: skip
-    before = sharing.contents(cfg)
-    sharing.check_contents(cfg, before, sharing.contents(cfg), "the command")
+    before = contents(cfg)
+    check_contents(cfg, before, contents(cfg), "the command")
     change()
     key = key if key != "model.path" else "policies.a"
     with pytest.raises(
         InputError, match=rf"{key}=.* changed since the command read it \([0-9a-f]{{16}} then"
     ) as refusal:
-        sharing.check_contents(cfg, before, sharing.contents(cfg), "the command")
+        check_contents(cfg, before, contents(cfg), "the command")
     assert before[key] in str(refusal.value)
 
 
 def test_the_rows_that_were_compared_are_those_that_are_used(work):
     cfg = typed("sft")
     before = cfg.data.rows("sft")
-    sharing.contents(cfg, keep_rows=True)
+    contents(cfg, keep_rows=True)
     write_rows(Path("answers.jsonl"), {"prompt": "later", "completion": "later"})
     assert cfg.data.rows("sft") == before
     assert [row["prompt"] for row in cfg.data.rows("sft")] == ["later"]  # once

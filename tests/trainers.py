@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignkit.config import stages
-from alignkit.core.types import RunError
+from alignkit.core.errors import RunError
 from alignkit.data.dataset import Data
 from alignkit.finetune.full import Full
 from alignkit.launch.local import Local

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from alignkit.core.errors import InputError
 from alignkit.core.fields import num
-from alignkit.core.types import Experience, InputError, Loss, Metrics, ScoredRollouts
+from alignkit.core.types import Experience, Loss, Metrics, ScoredRollouts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignkit.config import foreign
-from alignkit.core.types import InputError
+from alignkit.core import foreign
+from alignkit.core.errors import InputError
 
 USAGE = """usage: alignkit check config [--config-dir DIR]
 

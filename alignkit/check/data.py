@@ -23,13 +23,13 @@ from alignkit.check.token_lints import TokenLints, template_notes
 from alignkit.config.messages import stray_keys
 from alignkit.config.stages import STAGES
 from alignkit.core import terminal
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import sources
 from alignkit.data.dataset import Data, Kind
 from alignkit.data.encode import of_model
 from alignkit.data.files import first_line
 from alignkit.data.template import date_to_tell
-from alignkit.runs import manifest
+from alignkit.models.source import resolve_model
 from alignkit.tracking.console import counting
 
 Row = dict[str, Any]
@@ -242,7 +242,7 @@ def _tokenizer(composed: Any) -> Any:
     """The tokenizer the stage would load; None where no model is given."""
     if OmegaConf.is_missing(composed.model, "path") or not composed.model.path:
         return None
-    source, model = manifest.resolve_model(composed.model.path), OmegaConf.to_object(composed.model)
+    source, model = resolve_model(composed.model.path), OmegaConf.to_object(composed.model)
     if Path(source.tokenizer).is_dir():
         model.template_date = date_to_tell([Path(source.tokenizer)], model.chat_template, model.template_date, None)
     return of_model(source, model, light=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.check.minhash import NearIndex, normal
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data.dataset import Data, RowList
 from alignkit.data.files import Unreadable, short_repr
 from alignkit.data.rows import EmptyText, HalfCharacter, Kind, SamePair

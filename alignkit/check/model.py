@@ -11,10 +11,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.io import read_json
+from alignkit.core.types import ModelSource
 from alignkit.data.template import load_tokenizer, template_of
 from alignkit.models import adapters, score_heads, weights
-from alignkit.runs.manifest import read_json
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}
 

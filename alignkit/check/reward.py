@@ -10,9 +10,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError, Message, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.io import read_json
+from alignkit.core.types import Message, ModelSource
 from alignkit.data.template import load_tokenizer, template_of
-from alignkit.runs.manifest import read_json
 
 # Where tokenisers differ: spaces at the ends, blank lines, letters beyond ASCII, digits, what looks like markup.
 TEXTS = (

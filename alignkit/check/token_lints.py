@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.check.lints import Findings, answers, prompt_texts
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import encode, ends
 from alignkit.data.rows import Kind
 from alignkit.data.template import messages_of

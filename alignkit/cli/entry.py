@@ -97,7 +97,7 @@ def main() -> None:
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
     """What a refused input, a failed run and a stop from outside come to: a line and an exit code."""
-    from alignkit.core.types import InputError, RunError
+    from alignkit.core.errors import InputError, RunError
 
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
@@ -116,7 +116,7 @@ def _exit_codes() -> Iterator[None]:
 @contextlib.contextmanager
 def _long_names_refused() -> Iterator[None]:
     """A path that is too long for the file system is a refused input, wherever it is met first."""
-    from alignkit.core.types import InputError
+    from alignkit.core.errors import InputError
 
     try:
         yield
@@ -169,8 +169,9 @@ def _hydra(command: str, arguments: list[str], action: Callable[[Any], Any] | No
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from alignkit.config import foreign, overrides, stages
-    from alignkit.core.types import InputError, RunError, Saved
+    from alignkit.config import overrides, stages
+    from alignkit.core import foreign
+    from alignkit.core.errors import InputError, RunError, Saved
     from alignkit.jobs import queue as submit
     from alignkit.pipeline import stage, sweep
 
@@ -274,7 +275,8 @@ def _compose(command: str, words: list[str]) -> Any:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from alignkit.config import foreign, overrides
+    from alignkit.config import overrides
+    from alignkit.core import foreign
 
     foreign.check_folders(foreign.folders(words))
     overrides.check_experiments(command, words, conf_dir())

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 NAME = re.compile(r"(?:^|_)(?:API_?)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 ASSIGNED = re.compile(r"""\b(\w+)=(["']?)(?!\$|["'])[^\s"']""")  # NAME=value, not NAME=$OTHER

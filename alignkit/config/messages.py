@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 
 def nearest_key(key: str, config: DictConfig) -> str | None:

@@ -6,7 +6,7 @@ import os
 import unicodedata
 from pathlib import Path
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 MARKS = "-_.=,"
 PART = 255  # bytes of a name in a folder, on every usual file system

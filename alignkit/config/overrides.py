@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from alignkit.config.stages import GROUPS, STAGES, components
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 FUNCTIONS = re.compile(

@@ -20,13 +20,14 @@ from typing import Any, ClassVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from alignkit.config import credentials, foreign
+from alignkit.config import credentials
 from alignkit.config.messages import divides, nearest_key, one_line, stray_keys, texts
 from alignkit.config.names import check_length, check_run_name
 from alignkit.config.rules import contradictions
 from alignkit.config.settings import computed_from
+from alignkit.core import foreign
+from alignkit.core.errors import InputError
 from alignkit.core.fields import SEEDS, check_numbers, num
-from alignkit.core.types import InputError
 from alignkit.data.dataset import Data, Kind, Ptx
 from alignkit.finetune.critic import Critic
 from alignkit.models.loading import Model

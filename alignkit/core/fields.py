@@ -8,7 +8,7 @@ from dataclasses import field, fields, is_dataclass
 from datetime import date
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 OWN = ("name", "stage")  # what makes an option of a group this option
 Bound = float | None

@@ -10,6 +10,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.errors import InputError
+
 
 def plain(value: Any) -> Any:
     """`value` as something that valid JSON can hold: scalars of torch and numpy unwrapped, NaN as a string."""
@@ -61,3 +63,18 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, is no JSON or no object; `fix` says what to do.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:120]}): {fix}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged (found a {type(found).__name__}, expected an object): {fix}")
+    return found

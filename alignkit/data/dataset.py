@@ -23,8 +23,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from alignkit.core.errors import InputError
 from alignkit.core.fields import num
-from alignkit.core.types import InputError, Rows
+from alignkit.core.types import Rows
 from alignkit.data import layouts, sources
 from alignkit.data.columns import FIELDS
 from alignkit.data.files import numbered

@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError, RunError
+from alignkit.core.errors import InputError, RunError
 
 # Share of the conversations in each split. A conversation's place is a hash of its id: nothing else moves it.
 SPLITS = {"train": 0.60, "preference": 0.25, "heldout": 0.15}

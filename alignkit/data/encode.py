@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.core.types import InputError, ModelSource, PromptBatch, Rows
+from alignkit.core.errors import InputError
+from alignkit.core.types import ModelSource, PromptBatch, Rows
 from alignkit.data import ends
 from alignkit.data import template as chat
 from alignkit.data.dataset import fingerprint

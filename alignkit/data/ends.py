@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError, Message
+from alignkit.core.errors import InputError
+from alignkit.core.io import read_json
+from alignkit.core.types import Message
 from alignkit.data.files import short_repr
 from alignkit.data.template import Template, load_tokenizer, special_tokens, template_of
-from alignkit.runs.manifest import read_json
 
 # Tokens that models keep for padding or for nothing, best first.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "[PAD]", "<pad>", "<|fim_pad|>", "<|endoftext|>", "<unk>")

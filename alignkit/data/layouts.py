@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data.files import says_nothing
 
 Row = dict[str, Any]

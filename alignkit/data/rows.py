@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data import layouts
 from alignkit.data.columns import proposal
 from alignkit.data.files import kind_of, says_nothing, short_repr

@@ -14,7 +14,7 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.data.files import FILES, first_line, looks_like_a_file, near_files, numbered, read_file
 
 Row = dict[str, Any]

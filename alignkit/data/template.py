@@ -14,9 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from alignkit.core.types import InputError, Message, Rows
+from alignkit.core.errors import InputError
+from alignkit.core.io import read_json
+from alignkit.core.types import Message, Rows
 from alignkit.data.files import near_files, short_repr
-from alignkit.runs.manifest import read_json
 
 ASKS = "strftime_now"  # what a template calls to have the date
 SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))

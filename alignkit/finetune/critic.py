@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.models.loading import score_head
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit.core.types import InputError, Payload
+from alignkit.core.errors import InputError
+from alignkit.core.types import Payload
 from alignkit.finetune.critic import Critic
 from alignkit.models import adapters, loading
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from alignkit.core.errors import InputError
 from alignkit.core.fields import num
-from alignkit.core.types import InputError, Payload
+from alignkit.core.types import Payload
 from alignkit.finetune.critic import Critic
 from alignkit.models import adapters, architectures, loaded, loading, score_heads
 

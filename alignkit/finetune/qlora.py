@@ -6,7 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignkit.core.types import InputError, Payload
+from alignkit.core.errors import InputError
+from alignkit.core.types import Payload
 from alignkit.finetune.lora import LoRA
 
 if TYPE_CHECKING:

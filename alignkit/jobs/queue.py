@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.check.contents import PLANNED, address, contents
+from alignkit.core.errors import InputError
 from alignkit.launch import scheduler
 from alignkit.pipeline import sharing
 from alignkit.pipeline import stage as pipeline
@@ -50,7 +51,7 @@ class Task:
     @property
     def known(self) -> dict[str, str]:
         """What lay there when it was queued; without what a job before it makes."""
-        return {key: found for key, found in self.contents.items() if not found.startswith(sharing.PLANNED)}
+        return {key: found for key, found in self.contents.items() if not found.startswith(PLANNED)}
 
 
 class Queue:
@@ -113,8 +114,8 @@ class Queue:
             if cfg.resume and stage.run_dir.is_symlink() and not sharing.is_done(stage.run_dir):
                 stage.run_dir.unlink()  # to a stage of another run that did not end well, or has yet to be made
             sources = pipeline.check_inputs(stage, made)
-            contents = sharing.contents(stage, {path: plans.get(path, path) for path in made})
-            plan = sharing.address(stage, contents)
+            held_now = contents(stage, {path: plans.get(path, path) for path in made})
+            plan = address(stage, held_now)
             free = stage.reuse and not os.path.lexists(stage.run_dir)
             twin = others.get((stage.stage, plan)) if free else None
             if twin is None and not cfg.dry_run:
@@ -134,7 +135,7 @@ class Queue:
             else:
                 for job in stage.launcher.after:
                     before = joined(before, job)
-                tasks.append(Task(stage, plan, contents, before, report=len(stages) > 1 and stage is stages[-1]))
+                tasks.append(Task(stage, plan, held_now, before, report=len(stages) > 1 and stage is stages[-1]))
                 before = [tasks[-1]]
         pipeline.check_later(stages, made)
         return tasks, links

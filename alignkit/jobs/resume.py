@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config import stages as config
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.jobs import queue as submit
 from alignkit.pipeline import sharing
 from alignkit.pipeline import stage as pipeline

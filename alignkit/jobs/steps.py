@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.core import terminal
+from alignkit.core.errors import InputError, RunError
 from alignkit.core.io import read_jsonl
-from alignkit.core.types import InputError, RunError
 from alignkit.launch import scheduler, slurm
 from alignkit.runs import lock
 from alignkit.runs import manifest as artifacts
@@ -193,8 +193,8 @@ def write_report(run: Path) -> None:
 
 def job_step(step: str, run_dir: Path) -> int:
     """alignkit job begin|end RUN_DIR, called by the batch script; its exit code."""
+    from alignkit.check.contents import check_contents
     from alignkit.config import stages
-    from alignkit.pipeline import sharing
     from alignkit.pipeline import stage as pipeline
 
     manifest = artifacts.read_manifest(run_dir)
@@ -214,7 +214,7 @@ def job_step(step: str, run_dir: Path) -> int:
     cfg = stages.load(run_dir / "config.yaml", manifest["stage"])
     try:
         origin = pipeline.origin_of(cfg, pipeline.check_inputs(cfg, {}))
-        sharing.check_contents(cfg, manifest.get("checked", {}), origin["contents"], "the command that queued it")
+        check_contents(cfg, manifest.get("checked", {}), origin["contents"], "the command that queued it")
     except InputError as error:
         artifacts.write_manifest(run_dir, status="failed", error=str(error))
         raise

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignkit.core.errors import InputError, RunError
 from alignkit.core.fields import num
-from alignkit.core.types import InputError, RunError
 from alignkit.launch import ALLOCATOR
 from alignkit.tracking.console import follow
 from alignkit.tracking.run_log import PROGRESS

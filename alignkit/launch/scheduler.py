@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignkit.core.errors import InputError, RunError
 from alignkit.core.io import write_atomic
-from alignkit.core.types import InputError, RunError
 
 RECORD = "slurm.json"  # in the stage's folder: which job works on it
 ENDED_WELL = "COMPLETED"

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alignkit.config import foreign
+from alignkit.core import foreign
+from alignkit.core.errors import InputError
 from alignkit.core.fields import check_numbers, num
-from alignkit.core.types import InputError
 from alignkit.launch import ALLOCATOR
 
 # A time limit as Slurm writes it. Bare minutes are left out: YAML reads 12:00:00 without quotes as the number 43200.

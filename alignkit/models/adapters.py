@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.types import ModelSource
 
 # Settings of adapter_config.json that leave an adapter plain LoRA, whatever they are. Any other one, of today's PEFT or of
 # a later one, must be unset.

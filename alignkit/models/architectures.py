@@ -13,7 +13,7 @@ from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.models.weights import HARMLESS
 
 EMBEDDINGS = (

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from alignkit.core.errors import InputError, RunError
 from alignkit.core.fields import check_date
-from alignkit.core.types import InputError, ModelSource, RunError
+from alignkit.core.types import ModelSource
 from alignkit.models import architectures, loaded, quantization, score_heads
 from alignkit.models.loaded import copy_adapter as copy_adapter
 from alignkit.models.score_heads import HEAD_FILE as HEAD_FILE

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.core.types import InputError, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.types import ModelSource
 from alignkit.models import loaded
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ def check_inputs(cfg: Any, later: dict[str, str], tell: bool = True, weights: bo
     Raises:
         InputError: the first thing that the stage could not work with.
     """
-    from alignkit.runs import manifest
+    from alignkit.models.source import check_hand_off
 
     sources = _models(cfg, later, weights)
-    manifest.check_hand_off(sources)
+    check_hand_off(sources)
     _check_adapters(cfg, sources)
     # The model whose tokenizer the stage will use.
     speaks = sources.get(f"policies.{getattr(cfg, 'reference', '')}") or next(iter(sources.values()), None)
@@ -41,7 +41,9 @@ def _models(cfg: Any, later: dict[str, str], weights: bool) -> dict[str, Any]:
     """{role: ModelSource} of the models and runs that exist, each as its manifest, its JSON and its headers say."""
     from alignkit.check.model import check_source
     from alignkit.config.rules import model_contradictions
-    from alignkit.core.types import InputError
+    from alignkit.core.errors import InputError
+    from alignkit.core.io import read_json
+    from alignkit.models.source import resolve_model
     from alignkit.runs import hashes, manifest
 
     sources: dict[str, Any] = {}
@@ -50,7 +52,7 @@ def _models(cfg: Any, later: dict[str, str], weights: bool) -> dict[str, Any]:
             continue
         key = f"{role}.path" if role.startswith("rewards.") or "." not in role else role
         given, scores = f"{key}={path}", role.startswith("rewards.")
-        source = sources[role] = manifest.resolve_model(path, key, weights)
+        source = sources[role] = resolve_model(path, key, weights)
         made = (manifest.read_manifest(source.run) or {}) if source.run is not None else {}
         if scores and made.get("stage") not in (None, "reward"):
             raise InputError(
@@ -62,9 +64,7 @@ def _models(cfg: Any, later: dict[str, str], weights: bool) -> dict[str, Any]:
             base = source.base if source.adapter is not None else None
             hashes.check_unchanged(source.run, base, made, given, cfg.verify)
         config = Path(source.base) / "config.json"
-        facts = (
-            manifest.read_json(config, f"{given}: give a folder written by save_pretrained") if config.is_file() else {}
-        )
+        facts = read_json(config, f"{given}: give a folder written by save_pretrained") if config.is_file() else {}
         for line in model_contradictions(cfg, facts, given, scores):  # the kind of model first, then its weights
             raise InputError(line)
         check_source(source, given, cfg.model.chat_template, scores=scores)
@@ -142,7 +142,7 @@ def _changes(stage: str, data: Any, rows: Any, template: Any) -> list[str]:
     Raises:
         InputError: something, and the set is strict; or the template refuses a row.
     """
-    from alignkit.core.types import InputError
+    from alignkit.core.errors import InputError
     from alignkit.data.template import changes
 
     found = changes(template, rows) if template is not None and data.lint != "off" else []
@@ -164,8 +164,9 @@ def check_later(stages: list[Any], making: Container[str] = ()) -> None:
         InputError: a later stage cannot use that model; said before the first one takes its minutes.
     """
     from alignkit.config.rules import model_contradictions
-    from alignkit.core.types import InputError
-    from alignkit.runs import manifest
+    from alignkit.core.errors import InputError
+    from alignkit.core.io import read_json
+    from alignkit.models.source import resolve_model
 
     origins: dict[str, tuple[dict[str, Any], str]] = {}  # model or run folder -> (config.json, how it was given)
     for stage in stages:
@@ -175,9 +176,9 @@ def check_later(stages: list[Any], making: Container[str] = ()) -> None:
                 continue
             if path not in origins:
                 key = f"{role}.path" if "." not in role else role
-                base = Path(manifest.resolve_model(path, key, weights=False).base)
+                base = Path(resolve_model(path, key, weights=False).base)
                 file = base / "config.json"
-                origins[path] = (manifest.read_json(file, key) if file.is_file() else {}, f"{key}={path}")
+                origins[path] = (read_json(file, key) if file.is_file() else {}, f"{key}={path}")
             found.append(origins[path])
         for facts, given in found:
             for line in model_contradictions(stage, facts, given):
@@ -189,7 +190,7 @@ def check_later(stages: list[Any], making: Container[str] = ()) -> None:
 def _check_adapters(cfg: Any, sources: dict[str, Any]) -> None:
     """Refuse adapters that no policy can be made of; where an engine is only sent adapters, a policy without one, and policies
     with several bases."""
-    from alignkit.core.types import InputError
+    from alignkit.core.errors import InputError
     from alignkit.models import adapters
 
     policies = {role: source for role, source in sources.items() if not role.startswith("rewards.")}

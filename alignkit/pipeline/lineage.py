@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.config import foreign
+from alignkit.check.contents import readers
 from alignkit.config import stages as config
-from alignkit.core.types import InputError
-from alignkit.pipeline import sharing
-from alignkit.runs import hashes
+from alignkit.core import foreign
+from alignkit.core.errors import InputError
+from alignkit.models.source import find_base
 from alignkit.runs import manifest as artifacts
+from alignkit.runs.hashes import manifest_hash
 
 Node = dict[str, Any]  # one stage: see `trace`
 
@@ -86,13 +87,13 @@ def trace(run: Path) -> Node:
     base = manifest.get("base_model") or {}
     if base.get("hash"):
         own.append(
-            _held("base model", base["path"], base["hash"], lambda: _files(Path(hashes.find_base(base, run, str(run)))))
+            _held("base model", base["path"], base["hash"], lambda: _files(Path(find_base(base, run, str(run)))))
         )
     return {
         "run": str(run),
         **facts,
         "versions": manifest.get("versions", {}),
-        "manifest": artifacts.manifest_hash(run),
+        "manifest": manifest_hash(run),
         "recorded": "contents" in manifest,  # false of runs older than this record
         "held": [*own, *_inputs(run, manifest)],
     }
@@ -102,13 +103,13 @@ def _inputs(run: Path, manifest: dict[str, Any]) -> list[Node]:
     """Models, rows, reward functions and templates that a stage read."""
     try:
         cfg = config.load(run / "config.yaml", manifest["stage"])
-        readers = sharing.readers(cfg)
+        read = readers(cfg)
     except (InputError, OSError):
         return []  # said of the config itself
     found = []
     for key, before in manifest.get("contents", {}).items():
         path = _select(artifacts.plain_config(run), key)
-        entry = _held(key, path, before, readers.get(key, _absent))
+        entry = _held(key, path, before, read.get(key, _absent))
         maker = Path(path).parent if key.endswith("data.path") else Path(path)
         if (maker / "manifest.json").is_file():
             entry["run"] = trace(maker)

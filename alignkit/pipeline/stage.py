@@ -69,18 +69,18 @@ def run_stage(cfg: Any, label: str | None = None, prefix: str = "") -> float | N
 
 def origin_of(cfg: Any, sources: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of the inputs: `inputs` (path and hash of the manifest of the run that made it), and the
-    `contents` and `address` of `sharing`. The inputs were checked, and exist."""
-    from alignkit.pipeline import sharing
-    from alignkit.runs import manifest as artifacts
+    `contents` and `address` of `check.contents`. The inputs were checked, and exist."""
+    from alignkit.check.contents import address, contents
+    from alignkit.runs.hashes import manifest_hash
 
     inputs = {
-        role: {"path": cfg.inputs()[role], "manifest_hash": artifacts.manifest_hash(source.run)}
+        role: {"path": cfg.inputs()[role], "manifest_hash": manifest_hash(source.run)}
         for role, source in sources.items()
     }
-    if maker := artifacts.manifest_hash(Path(cfg.data.path).parent if cfg.data.path else None):  # rows that a run wrote
+    if maker := manifest_hash(Path(cfg.data.path).parent if cfg.data.path else None):  # rows that a run wrote
         inputs["data"] = {"path": cfg.data.path, "manifest_hash": maker}
-    contents = sharing.contents(cfg)
-    return {"inputs": inputs, "contents": contents, "address": sharing.address(cfg, contents)}
+    found = contents(cfg)
+    return {"inputs": inputs, "contents": found, "address": address(cfg, found)}
 
 
 def open_run(cfg: Any, status: str, origin: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
@@ -90,6 +90,7 @@ def open_run(cfg: Any, status: str, origin: dict[str, Any], keep: tuple[str, ...
     """
     from alignkit.config.stages import config_hash, save
     from alignkit.runs import manifest as artifacts
+    from alignkit.runs.environment import git_commit, versions
     from alignkit.tracking.run_log import PROGRESS
 
     run_dir = cfg.run_dir
@@ -99,7 +100,7 @@ def open_run(cfg: Any, status: str, origin: dict[str, Any], keep: tuple[str, ...
         before = {}
     save(cfg, run_dir / "config.yaml")
     progress = run_dir / PROGRESS
-    made_with = {"git_commit": artifacts.git_commit(), "versions": artifacts.versions()}
+    made_with = {"git_commit": git_commit(), "versions": versions()}
     made_with["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     artifacts.write_manifest(
         run_dir,
@@ -131,7 +132,7 @@ def conclude(run_dir: Path, error: dict | None, log: Path) -> dict[str, Any]:
         RunError: it is not done; with the reason and its log.
         Saved: it was asked to stop, and did so with a checkpoint.
     """
-    from alignkit.core.types import InputError, RunError, Saved
+    from alignkit.core.errors import InputError, RunError, Saved
     from alignkit.runs import manifest as artifacts
 
     manifest = artifacts.read_manifest(run_dir) or {}
@@ -164,7 +165,7 @@ def previous(cfg: Any, origin: dict[str, Any], prefix: str = "") -> dict[str, An
         InputError: it is another's, a job of Slurm works on it, or `resume` is not set.
     """
     from alignkit.config import settings
-    from alignkit.core.types import InputError
+    from alignkit.core.errors import InputError
     from alignkit.launch import scheduler
     from alignkit.runs import hashes
     from alignkit.runs import manifest as artifacts
@@ -280,7 +281,7 @@ def describe(cfg: Any, script: str | None = None) -> str:
 
 
 def _refuse_existing(root: Path, run_dirs: list[Path]) -> None:
-    from alignkit.core.types import InputError
+    from alignkit.core.errors import InputError
     from alignkit.runs import manifest as artifacts
 
     for run_dir in run_dirs:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 LONGEST = 120  # bytes of a job's folder; a longer one is called by the job's number
 

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.errors import InputError
 from alignkit.core.io import read_jsonl
-from alignkit.core.types import InputError
 from alignkit.plan import counts, memory
 from alignkit.plan.shape import Shape
 

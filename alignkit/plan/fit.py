@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.plan.memory import Phase
 
 Predict = Callable[[Any], list[Phase]]

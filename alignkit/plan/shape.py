@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 # model_type -> what differs from Llama: biases of the attention's inputs, norms of a block, norms of a head's queries
 # and keys ("head": head_dim each, "all": all heads at once), one matrix for q, k, v and one for gate and up.

@@ -16,11 +16,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from alignkit.core.types import InputError, ModelSource
+from alignkit.core.errors import InputError
+from alignkit.core.types import ModelSource
 from alignkit.models import score_heads
+from alignkit.models.source import resolve_model
 from alignkit.plan import compute, counts, fit, memory
 from alignkit.plan.shape import Shape, find_config, read_shape
-from alignkit.runs import manifest
 
 GIB = memory.GIB
 
@@ -108,7 +109,7 @@ class Model:
         source = sources.get("model") or next((s for role, s in sources.items() if role.startswith("policies.")), None)
         if source is None or (pipeline is not None and cfg.stage != "sft"):
             assert pipeline is not None  # a stage alone has all its sources
-            first = manifest.resolve_model(pipeline.model.path, weights=False)
+            first = resolve_model(pipeline.model.path, weights=False)
             return cls(first.base, first.tokenizer, first.adapter is not None or pipeline.finetune.name != "full")
         rewards = [found for role, found in sources.items() if role.startswith("rewards.")]
         alone = [reward.base for reward in rewards if _held_alone(cfg, reward, source)]

@@ -18,9 +18,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from alignkit.config import foreign
+from alignkit.core import foreign
+from alignkit.core.errors import InputError, RunError
 from alignkit.core.io import write_atomic
-from alignkit.core.types import InputError, RunError
 from alignkit.report.html import draw, escape, figures, page, section
 from alignkit.report.summary import STAGES, RunFolder, between, fixed, number, signed
 from alignkit.runs.manifest import refuse_checkpoint

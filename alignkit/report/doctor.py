@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.errors import InputError
 from alignkit.core.io import read_jsonl
-from alignkit.core.types import InputError
 from alignkit.report.doctor_rules import Finding, Run, Series, examine
 from alignkit.runs import manifest as artifacts
 from alignkit.tracking.run_log import PROGRESS

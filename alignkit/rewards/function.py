@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from alignkit.core.types import InputError, Rows
+from alignkit.core.errors import InputError
+from alignkit.core.types import Rows
 from alignkit.rewards import signature, user_code
 from alignkit.rewards.base import Context, Scorer, batch_scorer
 

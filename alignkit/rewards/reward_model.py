@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from alignkit.core.errors import InputError
 from alignkit.core.fields import num
-from alignkit.core.types import InputError, Rollouts
+from alignkit.core.types import Rollouts
 from alignkit.models import loading
 from alignkit.rewards.base import Context, Scorer
 

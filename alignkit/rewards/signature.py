@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from alignkit.core.types import InputError, RunError
+from alignkit.core.errors import InputError, RunError
 
 OURS = ("prompts", "responses", "meta")
 GIVEN = ("prompts", "completions", "completion_ids")  # what a function in TRL's form gets besides the columns

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 ALIAS = "alignkit_user_"  # what a file's own package is called in sys.modules, with a hash of where it lies
 INSTALLED = {"site-packages", "dist-packages"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.rewards.base import Context, Scorer, text_scorer
 
 

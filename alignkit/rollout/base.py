@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from alignkit.core.errors import InputError
 from alignkit.core.fields import num
-from alignkit.core.types import InputError, ModelSource, Payload, PromptBatch, Rollouts
+from alignkit.core.types import ModelSource, Payload, PromptBatch, Rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from alignkit.core.types import PromptBatch, Rollouts, RunError
+from alignkit.core.errors import RunError
+from alignkit.core.types import PromptBatch, Rollouts
 from alignkit.data import encode
 from alignkit.rollout.base import Sampling
 from alignkit.training import batches

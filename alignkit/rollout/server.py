@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.core.errors import InputError, RunError
 from alignkit.core.fields import num
-from alignkit.core.types import InputError, Payload, PromptBatch, Rollouts, RunError
+from alignkit.core.types import Payload, PromptBatch, Rollouts
 from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
 from alignkit.runs.lock import sockets
 

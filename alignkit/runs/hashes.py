@@ -14,8 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignkit.config import foreign
-from alignkit.core.types import InputError
+from alignkit.core import foreign
+from alignkit.core.errors import InputError
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+from alignkit.core import foreign
+from alignkit.core.errors import InputError
 
 MODEL_FILES = (".json", ".safetensors", ".py", ".jinja", ".txt", ".model")  # of a model folder: not its README
 SAMPLED = 256  # places of a file above 16 MiB that are hashed, 64 KiB each: a 14 GB model takes a second, not a minute
@@ -143,68 +155,8 @@ def started_in(folder: Path, below: Path) -> Path | None:
     return next((place for place in places if (place / below).resolve() == folder.resolve()), None)
 
 
-def find_base(held: dict[str, Any], folder: Path, key: str) -> str:
-    """Where the base model is now: the folder that was used, wherever the command is called from and the run was moved to.
-
-    Args:
-        held: `base_model` of a manifest; of an adapter from elsewhere {"path": what its JSON names}.
-        folder: the run's folder, or the adapter's.
-
-    Returns:
-        The path as it is written where that is the one, else the folder that was found; a hub id as it is.
-
-    Raises:
-        InputError: a folder that is gone, or one that stands where a hub id was meant.
-    """
-    path = held["path"]
-    kind = held.get("kind") or ("folder" if held.get("hash") else None)
-    if kind == "hub":
-        if Path(path).is_dir():
-            raise InputError(
-                f"{key}: its base model {path} came from the hub, and here is a folder of that name, which would be taken: go to "
-                "another directory, or rename the folder"
-            )
-        return path
-    found = [place for place in _places(held, folder) if (place / "config.json").is_file()]
-    if not found:
-        if kind is None or Path(path).is_absolute():  # perhaps a hub id, or said by check_model
-            return path
-        raise InputError(
-            f"{key}: its base model {path} was a folder and is not there: put it back (beside the run as before), or train it "
-            "anew from another"
-        )
-    best = found[0]
-    if held.get("hash") and len({place.resolve() for place in found}) > 1:
-        best = next((place for place in found if now(place, held) == held["hash"]), best)
-    return path if Path(path).resolve() == best.resolve() else str(best)
-
-
-def _places(held: dict[str, Any], folder: Path) -> Iterator[Path]:
-    """Where a base may be: from the directory the run was started in, from the run's folder, where it was, from here."""
-    from alignkit.data import demo
-
-    path = Path(held["path"])
-    if "hash" not in held:  # an adapter's own words, which PEFT reads from here
-        yield from (path, folder.resolve() / path)
-        return
-    config = folder / "config.yaml"
-    if not path.is_absolute() and config.is_file() and (place := _start_of(config)) is not None:
-        yield place / path
-    if held.get("beside"):
-        yield folder.resolve() / held["beside"]
-    if held.get("absolute"):
-        yield Path(held["absolute"])
-    yield path
-    name = next((name for name in demo.MODELS if path.name.startswith(f"{name}-")), None)
-    if name is not None and not path.is_dir():  # another machine's cache, or one that was emptied
-        yield demo.model(name)
-
-
-def _start_of(config: Path) -> Path | None:
-    """The directory in which the command ran that wrote a run's config.yaml."""
-    from omegaconf import OmegaConf
-
-    raw = OmegaConf.to_container(foreign.load(config))
-    assert isinstance(raw, dict)
-    folder = config.parent
-    return started_in(folder, Path(raw["runs_dir"], raw["run_name"], folder.resolve().name))
+def manifest_hash(run_dir: Path | None) -> str | None:
+    """16 hex digits of a finished stage's manifest, the link of the lineage."""
+    if run_dir is None or not (run_dir / "manifest.json").is_file():
+        return None
+    return hashlib.sha256((run_dir / "manifest.json").read_bytes()).hexdigest()[:16]

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 LOCK, RANKS = ".lock", ".ranks"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what a file system without them answers

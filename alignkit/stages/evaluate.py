@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from alignkit.config.stages import Evaluate
+from alignkit.core.errors import InputError
 from alignkit.core.io import write_atomic
-from alignkit.core.types import InputError
 from alignkit.data import dataset, encode
 from alignkit.models import loading
+from alignkit.models.source import check_tokenizer, describe, resolve_model
 from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
 from alignkit.rollout import canary as attest
-from alignkit.runs import manifest
 from alignkit.tracking.run_log import RunLog
 from alignkit.training import batches
 from alignkit.training.engine import World
@@ -24,11 +24,11 @@ from alignkit.training.engine import World
 
 def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Prompts; every policy must speak with the same tokenizer.
-    sources = {name: manifest.resolve_model(path, f"policies.{name}") for name, path in cfg.policies.items()}
+    sources = {name: resolve_model(path, f"policies.{name}") for name, path in cfg.policies.items()}
     reference = cfg.reference or next(iter(sources))
     main_source = sources[reference]
     tokenizer = encode.of_model(main_source, cfg.model, log.note)
-    manifest.check_tokenizer(sources, encode.tokenizer_hash(tokenizer))
+    check_tokenizer(sources, encode.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
     prompts, dropped = encode.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
@@ -37,7 +37,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
             f"{len(prompts)} prompts for {world.size} ranks: lower launcher.num_ranks, or give more prompts"
         )
     batch = encode.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
-    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, manifest.resolve_model, world.device))
+    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, resolve_model, world.device))
     ref = loading.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)
     ref_roles = loading.single_role(ref)
     canary = attest.Canary.of(cfg, prompts, tokenizer)
@@ -96,7 +96,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
         if value is not None
     }
     log.log(0, metrics)
-    facts = manifest.describe(
+    facts = describe(
         main_source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=None
     )
     return metrics, facts

@@ -11,9 +11,11 @@ import torch
 from alignkit.algorithms.base import cut_pays
 from alignkit.config import stages
 from alignkit.config.stages import PPO
-from alignkit.core.types import Experience, Loss, Metrics, Rollouts, RunError, Saved, ScoredRollouts
+from alignkit.core.errors import RunError, Saved
+from alignkit.core.types import Experience, Loss, Metrics, Rollouts, ScoredRollouts
 from alignkit.data import dataset, encode
 from alignkit.models import loading
+from alignkit.models.source import check_tokenizer, describe, resolve_model
 from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
 from alignkit.rollout import canary as attest
@@ -35,7 +37,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         log.note(f"algorithm={algorithm.name} has no critic: critic.* and critic_optimizer.* are not used")
 
     # 1. Prompts, and the data of PPO-ptx.
-    source = manifest.resolve_model(cfg.model.path)
+    source = resolve_model(cfg.model.path)
     tokenizer = encode.of_model(source, cfg.model, log.note)
     rows = cfg.data.rows("prompt")
     prompts, dropped = encode.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
@@ -45,11 +47,9 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
 
     # 2. Policy, reference, critic and reward model; an optimizer for each of the two that train.
     learned = {name: "reward_model" for name, item in cfg.rewards.items() if item.name == "reward_model"}
-    reward_source = next(
-        (manifest.resolve_model(cfg.rewards[name].path, f"rewards.{name}.path") for name in learned), None
-    )
+    reward_source = next((resolve_model(cfg.rewards[name].path, f"rewards.{name}.path") for name in learned), None)
     if reward_source is not None:
-        manifest.check_tokenizer({"model": source, "reward_model": reward_source}, encode.tokenizer_hash(tokenizer))
+        check_tokenizer({"model": source, "reward_model": reward_source}, encode.tokenizer_hash(tokenizer))
         log.note(token_ids.check(reward_source.adapter or Path(reward_source.base), tokenizer))
     with log.progress("loading the models", 0):
         critic = cfg.critic if algorithm.needs_critic else None
@@ -65,7 +65,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
             if (parameters := cfg.finetune.parameters(roles, role))
         }  # fmt: skip
 
-    facts = manifest.describe(
+    facts = describe(
         source,
         tokenizer_hash=encode.tokenizer_hash(tokenizer),
         data_hash=dataset.fingerprint(rows),

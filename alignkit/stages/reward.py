@@ -11,10 +11,10 @@ from trl import RewardConfig, RewardTrainer
 
 from alignkit.algorithms import functional as F
 from alignkit.config.stages import Reward
-from alignkit.core.types import RunError
+from alignkit.core.errors import RunError
 from alignkit.data import dataset, encode
 from alignkit.models import loading
-from alignkit.runs import manifest
+from alignkit.models.source import check_tokenizer, describe, resolve_model
 from alignkit.stages import card, token_ids, trl
 from alignkit.tracking.run_log import RunLog
 from alignkit.training import batches, saving
@@ -23,9 +23,9 @@ from alignkit.training.engine import World, gathered
 
 def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Pairs and tokens; the split is by prompt.
-    source = manifest.resolve_model(cfg.model.path)
+    source = resolve_model(cfg.model.path)
     tokenizer = encode.of_model(source, cfg.model, log.note)
-    manifest.check_tokenizer({"model": source}, encode.tokenizer_hash(tokenizer))
+    check_tokenizer({"model": source}, encode.tokenizer_hash(tokenizer))
     rows, held_out = trl.split_rows(cfg)
     train, dropped = encode.preference_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training pairs: {dropped.describe()}")
@@ -47,7 +47,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         hf = loading.adapt_for_scores(hf, peft_config, source.adapter)
     names = {name: f"reward_model/{name}" for name in ("loss", "accuracy", "learning_rate")}
     reporter = trl.Reporter(log, names, ("reward_model/loss", "reward_model/accuracy"))
-    facts = manifest.describe(
+    facts = describe(
         source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows),
         adapter=peft_config is not None, nf4=cfg.finetune.nf4,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
             metrics |= accuracy_metrics(chosen, rejected)
             card.write(cfg, (chosen, rejected), held_out, tokenizer, score, world, log)
     adapter = (model_dir / "adapter_config.json").is_file()
-    facts = manifest.describe(
+    facts = describe(
         source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=adapter,
         nf4=cfg.finetune.nf4,
     )  # fmt: skip

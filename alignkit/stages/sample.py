@@ -6,23 +6,23 @@ import json
 import math
 
 from alignkit.config.stages import Sample
+from alignkit.core.errors import InputError
 from alignkit.core.io import write_atomic
-from alignkit.core.types import InputError
 from alignkit.data import dataset, encode
 from alignkit.models import loading
+from alignkit.models.source import check_tokenizer, describe, resolve_model
 from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
 from alignkit.rollout import canary
-from alignkit.runs import manifest
 from alignkit.tracking.run_log import RunLog
 from alignkit.training.engine import World
 
 
 def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Policy, prompts and the engine that answers them.
-    source = manifest.resolve_model(cfg.model.path)
+    source = resolve_model(cfg.model.path)
     tokenizer = encode.of_model(source, cfg.model, log.note)
-    manifest.check_tokenizer({"model": source}, encode.tokenizer_hash(tokenizer))
+    check_tokenizer({"model": source}, encode.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
     prompts, dropped = encode.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
@@ -42,7 +42,7 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
         )  # fmt: skip
         sampler.sync_weights(rollout.stored_policy(source, lambda: loading.named_weights(hf)), version=1)
         canary.Canary.of(cfg, prompts, tokenizer).check(sampler, roles, version=1)
-    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, manifest.resolve_model, world.device))
+    score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, resolve_model, world.device))
 
     # 2. Sample and score, a chunk at a time.
     pairs, answered, kept = [], [], 0
@@ -91,7 +91,7 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
         "skipped": skipped,
         "score_mean": math.fsum(scores) / len(scores),  # the same bits whichever rank has which
     }
-    facts = manifest.describe(
+    facts = describe(
         source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=None
     )
     return metrics, facts

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from alignkit.config.stages import SFT
 from alignkit.data import dataset, encode
 from alignkit.models import loading
-from alignkit.runs import manifest
+from alignkit.models.source import describe, resolve_model
 from alignkit.stages import measure, trl
 from alignkit.tracking.run_log import RunLog
 from alignkit.training import saving
@@ -19,7 +19,7 @@ from alignkit.training.engine import World
 
 def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Rows and tokens.
-    source = manifest.resolve_model(cfg.model.path)
+    source = resolve_model(cfg.model.path)
     tokenizer = encode.of_model(source, cfg.model, log.note)
     rows, held_out = trl.split_rows(cfg)
     train, dropped = encode.sft_dataset(rows, tokenizer, cfg.max_length)
@@ -41,7 +41,7 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         add_noise(hf, cfg.neftune_noise_alpha)
     names = {"loss": "policy/loss", "learning_rate": "policy/learning_rate"}
     reporter = trl.Reporter(log, names, ("policy/loss",))
-    facts = manifest.describe(
+    facts = describe(
         source,
         tokenizer_hash=encode.tokenizer_hash(tokenizer),
         data_hash=dataset.fingerprint(rows),
@@ -75,7 +75,7 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
         with saving.beside(model_dir):
             pad_id, micro = tokenizer.pad_token_id, cfg.micro_batch_size
             metrics |= measure.held_out(trainer, evaluation, pad_id, world, micro)
-    facts = manifest.describe(
+    facts = describe(
         source,
         tokenizer_hash=encode.tokenizer_hash(tokenizer),
         data_hash=dataset.fingerprint(rows),

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.io import write_atomic
-from alignkit.core.types import InputError, Rollouts, Rows
+from alignkit.core.errors import InputError
+from alignkit.core.io import read_json, write_atomic
+from alignkit.core.types import Rollouts, Rows
 from alignkit.data import encode
 from alignkit.rollout.base import Context, pack_rollouts
-from alignkit.runs.manifest import read_json
 
 FILE = "token_ids.json"  # in the reward model's folder: {"texts": [{"prompt", "response", "ids"}]}
 # Where tokenisers differ: spaces at the ends, blank lines, letters beyond ASCII, what looks like markup.

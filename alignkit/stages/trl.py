@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 
 from alignkit.config import stages
 from alignkit.config.stages import TrainStage
-from alignkit.core.types import InputError, Rows, Saved
+from alignkit.core.errors import InputError, Saved
+from alignkit.core.types import Rows
 from alignkit.data import encode
 from alignkit.runs import hashes, manifest
 from alignkit.tracking.run_log import RunLog

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.errors import InputError
 from alignkit.core.io import append_jsonl, plain, read_jsonl, write_atomic
-from alignkit.core.types import InputError, Rows
+from alignkit.core.types import Rows
 
 PROGRESS = "logs/progress.jsonl"  # below the run dir
 

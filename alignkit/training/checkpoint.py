@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from alignkit.core.types import InputError, RunError
+from alignkit.core.errors import InputError, RunError
 
 DIGESTS = "digests.json"
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.core.errors import InputError, RunError
 from alignkit.core.fields import num
-from alignkit.core.types import InputError, Loss, Metrics, RunError
+from alignkit.core.types import Loss, Metrics
 from alignkit.training import kernels, rendezvous
 from alignkit.training.zero import ZeRO
 

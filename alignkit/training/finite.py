@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from alignkit.core.types import RunError
+from alignkit.core.errors import RunError
 
 
 class NotFinite(ArithmeticError):

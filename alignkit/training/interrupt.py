@@ -15,7 +15,7 @@ import signal
 import time
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 MARGIN = 30.0  # seconds before ALIGNKIT_DEADLINE that are left for the save itself

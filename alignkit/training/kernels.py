@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from alignkit.core.errors import InputError
 from alignkit.core.io import write_atomic
-from alignkit.core.types import InputError
 
 SHARED_MEMORY = "deepspeed_shm_comm"  # sums of the ranks of one machine without a GPU
 BUILT = "built_with"  # in its folder, once it is whole: what it was built with

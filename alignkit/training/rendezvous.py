@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from alignkit.core.types import RunError
+from alignkit.core.errors import RunError
 
 WITHIN = datetime.timedelta(minutes=15)  # all ranks have come by then; a container may be unpacked before
 

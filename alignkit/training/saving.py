@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.core.types import InputError, RunError
+from alignkit.core.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from alignkit.core.errors import InputError
 from alignkit.core.fields import num
-from alignkit.core.types import InputError
 
 
 @dataclass

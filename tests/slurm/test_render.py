@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 from alignkit.launch.slurm import Slurm, read_site, render, seconds, template
 
 GOLDEN = Path(__file__).parent / "golden"

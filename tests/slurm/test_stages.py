@@ -85,7 +85,7 @@ def test_a_pipeline_is_a_chain_of_jobs_that_ends_with_its_report(cluster, work):
     for before, stage in zip(ids, STAGES[1:], strict=False):
         assert json.loads((root / stage / "slurm.json").read_text())["after"] == [before]
     # what a later job read is in its manifest, by the hash of what the earlier one left
-    from alignkit.runs.manifest import manifest_hash
+    from alignkit.runs.hashes import manifest_hash
 
     assert manifest(root / "ppo")["inputs"]["model"] == {
         "path": str(root / "sft"),

@@ -51,9 +51,9 @@ def test_44_log_probs_agree_after_twenty_syncs_of_moving_weights(dtype, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_44_log_probs_of_the_real_model_agree(dtype):
-    from alignkit.runs import manifest
+    from alignkit.models.source import resolve_model
 
-    check_syncs(measure("syncs", manifest.resolve_model("demo:smollm2-135m-instruct").base, dtype), dtype)
+    check_syncs(measure("syncs", resolve_model("demo:smollm2-135m-instruct").base, dtype), dtype)
 
 
 def check_syncs(found: dict, dtype: str) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.data import encode as tokens
 from alignkit.models import loading
+from alignkit.models.source import resolve_model
 from alignkit.report.card import report_card
-from alignkit.runs import manifest as artifacts
 from alignkit.stages.card import CHANGES, encode
 
 KIND, UNKIND = ["good", "happy", "great", "love"], ["bad", "sad", "awful", "hate"]
@@ -63,7 +63,7 @@ def card_of(run: Path) -> dict:
 
 def score_again(run: Path, rows: list[dict]) -> dict:
     """The card of a saved reward model, its scores read as PPO reads them."""
-    source = artifacts.resolve_model(str(run))
+    source = resolve_model(str(run))
     tokenizer = tokens.load_tokenizer(source.tokenizer)
     roles = loading.load_reward(source, loading.Model(), len(tokenizer)).eval()
     scores: dict[str, list[float]] = {"chosen": [], "rejected": []}

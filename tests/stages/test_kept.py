@@ -10,8 +10,8 @@ from jobs import manifest, run_many
 from safetensors.torch import load_file
 from test_zero import WHOLE, job
 
+from alignkit.models.source import resolve_model
 from alignkit.runs import hashes
-from alignkit.runs import manifest as artifacts
 from alignkit.training import checkpoint
 
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_is_the_model_of_its_step(cell, kept):
     folder = kept / "-".join(cell) / stage / "checkpoints" / f"step_{step:06d}"
     end = kept / (("two-" if stage == "ppo" else "") + "-".join(cell)) / stage
     assert checkpoint.damage(folder) is None
-    source = artifacts.resolve_model(str(folder))
+    source = resolve_model(str(folder))
     assert (source.run, source.adapter is None) == (folder, cell[1] == "full")
     for fact in ("adapter", "tokenizer_hash", "data_hash", "stage"):
         assert manifest(folder)[fact] == manifest(end)[fact]

@@ -12,7 +12,7 @@ from jobs import metrics, run_many
 
 from alignkit.cli.entry import conf_dir
 from alignkit.config import stages
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 # {name: overrides}, over the `base` below. "{rows}" and "{mine}" stand for the data file and a reward function of two words.
 FLIPS = {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignkit.core.types import InputError
+from alignkit.core.errors import InputError
 
 LIMIT = 2**20  # bytes of a file: a hundred times the longest config
 FREE = ("params", "n_jobs", "n_trials", "direction", "max_batch_size", "study_name", "storage")  # of hydra.sweeper
