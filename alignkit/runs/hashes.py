@@ -10,23 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignkit.core import foreign
-from alignkit.core.errors import InputError
-import contextlib
-import errno
-import hashlib
-import importlib.metadata
-import json
-import re
-import shlex
-import subprocess
-from pathlib import Path
-from typing import Any
-from alignkit.core import foreign
 from alignkit.core.errors import InputError
 
 MODEL_FILES = (".json", ".safetensors", ".py", ".jinja", ".txt", ".model")  # of a model folder: not its README

@@ -8,26 +8,18 @@ A stage is finished when its manifest says `done`, whatever exit code its proces
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
-import importlib.metadata
 import json
-import re
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from alignkit.core import foreign
-from alignkit.models.source import find_base
-from alignkit.runs.hashes import model_hash, record
+from alignkit.core.errors import InputError
+from alignkit.core.io import read_json, write_atomic
+from alignkit.runs.hashes import record
 from alignkit.runs.hashes import started_in as started_in
 from alignkit.runs.lock import lock as lock
-from alignkit.core.io import write_atomic
-from alignkit.core.errors import InputError
-from alignkit.core.types import ModelSource
-from alignkit.core.io import read_json
 
 SCHEMA = 1
 SPARE = ".spare"
@@ -109,4 +101,3 @@ def plain_config(run_dir: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(foreign.load(run_dir / "config.yaml"))
-
