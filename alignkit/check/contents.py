@@ -12,8 +12,7 @@ from alignkit.config.stages import config_hash
 from alignkit.core.errors import InputError
 from alignkit.data.dataset import Data, fingerprint
 from alignkit.models.source import resolve_model
-from alignkit.runs import manifest as artifacts
-from alignkit.runs.hashes import manifest_hash
+from alignkit.runs.hashes import manifest_hash, model_hash
 
 PLANNED = "planned"  # what the hash begins with of what is not made yet
 
@@ -94,8 +93,8 @@ def _model(path: str, key: str) -> str:
     """Of a finished run its manifest; of other models their files, or the hub id."""
     source = resolve_model(path, key)
     parts = [str(part) for part in (source.base, source.adapter) if part is not None]
-    hashes = [artifacts.model_hash(Path(part)) or part for part in parts]
-    return manifest_hash(source.run) or (hashes[0] if len(hashes) == 1 else _digest("\n".join(hashes).encode()))
+    found = [model_hash(Path(part)) or part for part in parts]
+    return manifest_hash(source.run) or (found[0] if len(found) == 1 else _digest("\n".join(found).encode()))
 
 
 def _rows(node: Data, kind: Any, keep: bool) -> str:

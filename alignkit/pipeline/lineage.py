@@ -21,7 +21,7 @@ from alignkit.core import foreign
 from alignkit.core.errors import InputError
 from alignkit.models.source import find_base
 from alignkit.runs import manifest as artifacts
-from alignkit.runs.hashes import manifest_hash
+from alignkit.runs.hashes import manifest_hash, model_hash
 
 Node = dict[str, Any]  # one stage: see `trace`
 
@@ -128,7 +128,7 @@ def _held(what: str, path: Any, before: str | None, read: Any) -> Node:
 
 
 def _files(folder: Path) -> str:
-    found = artifacts.model_hash(folder)
+    found = model_hash(folder)
     if found is None:
         raise InputError(f"{folder}: no weights there")
     return found
