@@ -13,4 +13,5 @@ slurm/cluster.sh install || echo "$0: the tests in tests/slurm are skipped" >&2
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy
+.venv/bin/lint-imports
 exec .venv/bin/pytest -n 2 --dist loadfile "$@" # two processes, each a file at a time
