@@ -373,16 +373,8 @@ def place(number: int) -> tuple[str, int, list[str]]:
             free.bind(("127.0.0.1", 0))
             return "127.0.0.1", free.getsockname()[1], []
     host = hosts[number % len(hosts)]
-    step = [
-        "srun",
-        "--export=ALL",
-        "--het-group=1",
-        "--overlap",
-        "--nodes=1",
-        "--ntasks=1",
-        "--ntasks-per-node=1",
-        f"--nodelist={host}",
-    ]
+    step = ["srun", "--export=ALL", "--het-group=1", "--overlap", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]
+    step.append(f"--nodelist={host}")
     device = ["env", f"CUDA_VISIBLE_DEVICES={number // len(hosts)}"]  # not the trainer's
     return host, int(os.environ["MASTER_PORT"]) + 1 + number, [*step, *device]
 

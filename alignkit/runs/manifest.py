@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def describe_checkpoint(folder: Path, run_dir: Path, stage: str, step: int, fact
         key: value for key, value in (read_manifest(run_dir) or {}).items() if key not in ("address", "plan", "saved")
     }
     made = {"stage": stage, "status": "done", "step": step, "metrics": {}}
-    places = record(facts | {"base_model": dict(facts["base_model"])}, folder)  # as seen from the checkpoint
+    places = record(facts | {"base_model": dict(facts["base_model"])}, folder)
+    if place := places["base_model"].get("absolute"):  # as seen from where the checkpoint will be: it is written elsewhere
+        places["base_model"]["beside"] = os.path.relpath(place, (run_dir / "checkpoints" / "step").resolve())
     write_manifest(folder, **own | places | made)
 
 
