@@ -48,6 +48,7 @@ def compare(sizes: list[int], length: int, dtype: str) -> dict[str, float | str]
     from alignkit.data.dataset import Data
     from alignkit.finetune.lora import LoRA
     from alignkit.models import loading
+    from alignkit.models.config import Model
     from alignkit.models.source import resolve_model
     from alignkit.rollout.base import Context
     from alignkit.rollout.vllm import VLLM
@@ -55,7 +56,7 @@ def compare(sizes: list[int], length: int, dtype: str) -> dict[str, float | str]
     source = resolve_model("demo:smollm2-135m-instruct")
     tokenizer = encode.load_tokenizer(source.tokenizer)
     prompts, _ = encode.prompt_dataset(Data(path="demo:chitchat/train").rows("prompt"), tokenizer, 64)
-    model = loading.Model(path="", dtype=dtype)
+    model = Model(path="", dtype=dtype)
     finetune = LoRA()
     roles = finetune.roles(model, source, None, len(tokenizer), None, 0).eval()
     moved(roles)

@@ -25,6 +25,8 @@ from alignkit.algorithms import functional as F
 from alignkit.core.types import Rollouts, ScoredRollouts
 from alignkit.data import encode
 from alignkit.models import loading
+from alignkit.models.loaded import copy_adapter
+from alignkit.models.score_heads import load_head, save_head, score_head
 from alignkit.models.source import resolve_model
 from alignkit.stages import ppo
 from alignkit.training.engine import Engine
@@ -123,7 +125,7 @@ def adapters(cfg, source, vocab: int, folder: Path) -> tuple:
                 if ".lora_B." in parameter_name:
                     torch.nn.init.normal_(parameter, std=0.01)
             peft.save_pretrained(path, save_embedding_layers=False)
-            loading.save_head(loading.score_head(hf.config.hidden_size), path)
+            save_head(score_head(hf.config.hidden_size), path)
             del hf, peft
         made.append(type(source)(base=source.base, adapter=path, tokenizer=source.tokenizer))
     return tuple(made)
@@ -138,8 +140,8 @@ def four_models(cfg, source, sft, reward, vocab: int) -> torch.nn.Module:
         parts[role] = loading.load_base(source.base, cfg.model, vocab)
         config = cfg.finetune.peft_config("CAUSAL_LM", parts[role])
         pefts.append(get_peft_model(parts[role], config, adapter_name=role, autocast_adapter_dtype=False))
-        loading.copy_adapter(pefts[-1], start.adapter, role)
-    heads = {role: loading.load_head(reward.adapter) for role in ("critic", "reward_model")}
+        copy_adapter(pefts[-1], start.adapter, role)
+    heads = {role: load_head(reward.adapter) for role in ("critic", "reward_model")}
     roles = loading.make_roles(parts, heads, switch=lambda role: None)
     loading.train_only(roles, [p for role in ("policy", "critic") for p in cfg.finetune.parameters(roles, role)])
     return roles

@@ -11,7 +11,7 @@ import torch
 from alignkit.core.types import Experience, ModelSource, Rollouts, ScoredRollouts
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
-from alignkit.models.loading import Model
+from alignkit.models.config import Model
 from alignkit.stages import ppo as stage
 from alignkit.training import batches
 from alignkit.training.engine import Optimizer, World

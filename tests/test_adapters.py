@@ -15,6 +15,7 @@ from alignkit.core.types import ModelSource
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
 from alignkit.models import adapters, loading
+from alignkit.models.config import Model
 
 PLAIN = {"base_model_name_or_path": "model", "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32}
 BEYOND = {
@@ -116,5 +117,5 @@ def test_the_command_of_a_refusal_makes_a_model_of_it(tiny, tmp_path, settings):
     with torch.no_grad():
         expected = peft(ids).logits
         assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
-        policy = loading.load_policy(given, loading.Model(path=str(tiny)), 320)
+        policy = loading.load_policy(given, Model(path=str(tiny)), 320)
         assert torch.allclose(policy(ids).logits, expected, atol=1e-4)

@@ -15,6 +15,8 @@ from alignkit.check.model import check_source
 from alignkit.core.errors import InputError
 from alignkit.core.types import ModelSource
 from alignkit.models import loaded, loading
+from alignkit.models.config import Model
+from alignkit.models.score_heads import HEAD_FILE, load_head, save_head, score_head
 
 KEY = "model.path=model"
 
@@ -34,7 +36,7 @@ def check(folder: Path, adapter: Path | None = None, scores: bool = False) -> di
 
 
 def load(folder: Path, **options):
-    return loading.load_base(str(folder), loading.Model(path=str(folder)), 320, **options)
+    return loading.load_base(str(folder), Model(path=str(folder)), 320, **options)
 
 
 def rewrite(folder: Path, change) -> None:
@@ -195,7 +197,7 @@ def test_an_adapter_that_is_not_whole_is_refused_wherever_it_is_loaded(made, ada
     some(adapter, keep)
     with pytest.raises(InputError, match=words):
         check(made, adapter)
-    source, model = ModelSource(str(made), adapter, str(made)), loading.Model(path=str(made))
+    source, model = ModelSource(str(made), adapter, str(made)), Model(path=str(made))
     with pytest.raises(InputError, match=r"does not fit the base: \d+ weights"):
         loading.load_policy(source, model, 320)
     with pytest.raises(InputError, match="does not fit the base"):
@@ -203,7 +205,7 @@ def test_an_adapter_that_is_not_whole_is_refused_wherever_it_is_loaded(made, ada
 
 
 def test_an_adapter_that_is_whole_is_loaded_as_it_is(made, adapter):
-    source, model = ModelSource(str(made), adapter, str(made)), loading.Model(path=str(made))
+    source, model = ModelSource(str(made), adapter, str(made)), Model(path=str(made))
     assert loading.load_policy(source, model, 320) is not None
     assert loading.continue_adapter(load(made), adapter) is not None
 
@@ -217,19 +219,17 @@ def test_an_adapter_that_is_whole_is_loaded_as_it_is(made, adapter):
     ],
 )
 def test_a_head_that_is_none_is_refused(tmp_path, tensors):
-    save_file(tensors, tmp_path / loading.HEAD_FILE)
+    save_file(tensors, tmp_path / HEAD_FILE)
     with pytest.raises(InputError, match=r"score head holds .*expected weight \[1, hidden size\]"):
-        loading.load_head(tmp_path)
+        load_head(tmp_path)
 
 
 def test_a_head_of_another_width_is_refused_before_and_at_load(folder):
-    loading.save_head(loading.score_head(48), folder)
+    save_head(score_head(48), folder)
     with pytest.raises(InputError, match="hidden_size=32"):
         check(folder, scores=True)
     with pytest.raises(InputError, match=r"reads states of 48 numbers, its model has hidden_size=32"):
-        loading.make_roles(
-            {"reward_model": load(folder)}, {"reward_model": loading.load_head(folder)}, lambda role: None
-        )
+        loading.make_roles({"reward_model": load(folder)}, {"reward_model": load_head(folder)}, lambda role: None)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer and embedding
@@ -252,4 +252,4 @@ def test_tokens_without_a_row_are_counted_and_named(folder):
 
 
 def load_with(folder: Path, vocab: int):
-    return loading.load_base(str(folder), loading.Model(path=str(folder)), vocab)
+    return loading.load_base(str(folder), Model(path=str(folder)), vocab)

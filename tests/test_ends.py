@@ -15,6 +15,8 @@ from alignkit.algorithms import functional as F
 from alignkit.core.errors import InputError
 from alignkit.data import encode, ends
 from alignkit.models import loading
+from alignkit.models.config import Model
+from alignkit.models.score_heads import score_head
 from alignkit.rewards.base import response_texts
 from alignkit.rollout.base import Context, Sampling
 from alignkit.stages import token_ids
@@ -110,7 +112,7 @@ def test_an_end_outside_the_vocabulary_is_said_and_an_end_that_is_none_is_refuse
 
 def test_a_saved_model_names_its_ends(two, tmp_path_factory):
     tokenizer = encode.load_tokenizer(two)
-    hf = loading.load_base(str(tiny_model(tmp_path_factory.mktemp("model"))), loading.Model(path="x"), len(tokenizer))
+    hf = loading.load_base(str(tiny_model(tmp_path_factory.mktemp("model"))), Model(path="x"), len(tokenizer))
     encode.name_ends(hf, tokenizer)
     hf.save_pretrained(saved := tmp_path_factory.mktemp("saved"))
     assert ends.named_ends(saved) == encode.stops(tokenizer) and len(ends.named_ends(saved)) == 2
@@ -155,8 +157,8 @@ def test_a_reward_model_reads_every_end_as_the_one_it_was_trained_on():
 
 
 def test_a_score_is_that_of_the_trained_end(tmp_path):
-    hf = loading.load_base(str(tiny_model(tmp_path)), loading.Model(path="x"), 320)
-    roles = loading.make_roles({"reward_model": hf}, {"reward_model": loading.score_head(32)}, switch=lambda role: None)
+    hf = loading.load_base(str(tiny_model(tmp_path)), Model(path="x"), 320)
+    roles = loading.make_roles({"reward_model": hf}, {"reward_model": score_head(32)}, switch=lambda role: None)
     ids, mask, starts = torch.tensor([[5, 6, 3], [5, 6, 7]]), torch.ones(2, 3).bool(), torch.tensor([1, 1])
     apart = roles("reward_model", ids, mask, starts, 2)
     assert apart[0] != apart[1]
@@ -372,7 +374,7 @@ def test_no_row_is_made_for_padding_and_the_saved_reward_model_scores_alike_else
     from alignkit.models.source import resolve_model
 
     tokenizer = encode.load_tokenizer(folder)
-    ours = loading.load_reward(resolve_model(str(work / "runs/p/reward")), loading.Model(path="x"), len(tokenizer))
+    ours = loading.load_reward(resolve_model(str(work / "runs/p/reward")), Model(path="x"), len(tokenizer))
     ids = torch.tensor([encode.encode_prompt(tokenizer, "Hello 3") + encode.encode_response(tokenizer, "Yes, good.")])
     assert ids.tolist() == [
         plain(

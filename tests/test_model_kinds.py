@@ -21,7 +21,7 @@ from alignkit.core.errors import InputError
 from alignkit.core.types import ModelSource
 from alignkit.finetune.lora import LoRA
 from alignkit.models import architectures, loading
-from alignkit.models.loading import Model
+from alignkit.models.config import Model
 
 CLASSIFIER = architectures.CLASSIFIER
 MIXTURES = ("mixtral", "qwen3_moe")

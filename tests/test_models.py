@@ -30,7 +30,8 @@ from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
 from alignkit.models import loading
-from alignkit.models.loading import Model
+from alignkit.models.config import Model
+from alignkit.models.score_heads import load_head, save_head, score_head
 from alignkit.stages import ppo as stage
 
 TUNES = {"full": Full(), "lora": LoRA(rank=4, alpha=8.0, dropout=0.5), "sft": LoRA(rank=4, alpha=8.0, dropout=0.5)}
@@ -64,9 +65,9 @@ def save_adapter(base, folder, seed):
 
 
 def save_scores(folder):
-    head = loading.score_head(HIDDEN, generator(4))
+    head = score_head(HIDDEN, generator(4))
     torch.nn.init.constant_(head.bias, 0.3)
-    loading.save_head(head, folder)
+    save_head(head, folder)
     return folder
 
 
@@ -219,7 +220,7 @@ def test_29_a_score_is_the_head_on_the_last_token(saved, style, tune):
     folders = saved[style]
     roles, _ = build(folders, tune)
     hf = alone(folders["reward_full"]) if tune == "full" else alone(folders["base"], folders["reward"])
-    head = loading.load_head(folders["reward_full" if tune == "full" else "reward"])
+    head = load_head(folders["reward_full" if tune == "full" else "reward"])
     assert head.bias.item() == pytest.approx(0.3)
     rollouts = make_rollouts(6)
     seen = forward(roles, rollouts)

@@ -39,7 +39,7 @@ from alignkit.data.dataset import Data, Ptx
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
-from alignkit.models.loading import Model
+from alignkit.models.config import Model
 from alignkit.stages import ppo as stage
 from alignkit.stages.ptx import PtxBatches
 from alignkit.training import batches

@@ -18,6 +18,7 @@ from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
 from alignkit.models import loading
+from alignkit.models.config import Model
 from alignkit.models.source import resolve_model
 from alignkit.runs import manifest
 
@@ -95,7 +96,7 @@ def test_a_score_is_transformers_own(bases, tmp_path, style, kind):
             json.dumps(config | {"modules_to_save": None, "task_type": None})
         )
     source = resolve_model(str(tmp_path / "reward"))
-    role = loading.load_reward(source, loading.Model(), VOCAB)
+    role = loading.load_reward(source, Model(), VOCAB)
     ids, mask = rows()
     wanted = torch.cat(
         [theirs(hf, ids[i : i + 1, : mask[i].sum()], mask[i : i + 1, : mask[i].sum()]) for i in range(4)]
@@ -114,10 +115,10 @@ def test_a_bfloat16_file_scores_as_transformers_does_in_both_dtypes(bases, tmp_p
     ids, mask = rows()
     source = ModelSource(str(tmp_path / "reward"))
     torch.testing.assert_close(
-        scores(loading.load_reward(source, loading.Model(dtype="bfloat16"), VOCAB), ids, mask), theirs(hf, ids, mask), atol=2e-2, rtol=1e-2
+        scores(loading.load_reward(source, Model(dtype="bfloat16"), VOCAB), ids, mask), theirs(hf, ids, mask), atol=2e-2, rtol=1e-2
     )  # fmt: skip
     torch.testing.assert_close(
-        scores(loading.load_reward(source, loading.Model(), VOCAB), ids, mask), theirs(hf.float(), ids, mask), atol=1e-5, rtol=0
+        scores(loading.load_reward(source, Model(), VOCAB), ids, mask), theirs(hf.float(), ids, mask), atol=1e-5, rtol=0
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def test_shards_and_a_regression_head_are_read(bases, tmp_path):
     hf.save_pretrained(tmp_path / "reward", max_shard_size="20KB")
     (tmp_path / "reward/model.safetensors").unlink(missing_ok=True)
     ids, mask = rows()
-    role = loading.load_reward(resolve_model(str(tmp_path / "reward")), loading.Model(), VOCAB)
+    role = loading.load_reward(resolve_model(str(tmp_path / "reward")), Model(), VOCAB)
     torch.testing.assert_close(scores(role, ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0)
 
 
@@ -145,7 +146,7 @@ def test_ppo_scores_with_it_as_it_is_whatever_its_base(bases, tmp_path, tune, ki
     hf = classifier(other, tmp_path / "reward", ADAPTERS.get(kind, PLAIN if kind.startswith("adapter") else None))
     reward = resolve_model(str(tmp_path / "reward"))
     finetune = LoRA(rank=4, alpha=8) if tune == "lora" else Full()
-    roles = finetune.roles(loading.Model(), ModelSource(str(base)), reward, VOCAB, Critic(), seed=0).eval()
+    roles = finetune.roles(Model(), ModelSource(str(base)), reward, VOCAB, Critic(), seed=0).eval()
     ids, mask = rows()
     torch.testing.assert_close(scores(roles, ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0)
     shared = tune == "lora" and kind in ("adapter", "another rank")
@@ -238,7 +239,7 @@ def test_an_adapter_on_a_run_of_ours_is_one_on_its_model(bases, tmp_path):
     assert source.base == str(run / "model")
     ids, mask = rows()
     torch.testing.assert_close(
-        scores(loading.load_reward(source, loading.Model(), VOCAB), ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0
+        scores(loading.load_reward(source, Model(), VOCAB), ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0
     )
     manifest.write_manifest(run, adapter=True, base_model={"path": str(bases["llama"])})
     with pytest.raises(InputError, match=r"stands on another adapter.*merge"):
@@ -265,7 +266,7 @@ def edit_tokenizer(source, change):
 
 
 def test_the_same_tokenizer_and_template_pass_with_a_word_on_the_end(pair):
-    (line,) = check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
+    (line,) = check_reward.check_tokens(*pair, "rewards.x.path=r", Model(path="x"))
     assert "read at an answer's last token" in line
 
 
@@ -278,13 +279,13 @@ def test_another_vocabulary_is_refused_with_the_token_and_both_ids(pair):
     with pytest.raises(
         InputError, match=r"rewards.x.path=r: its tokenizer .*the token '(good|bad)' is \d+ here, \d+ there"
     ):
-        check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
+        check_reward.check_tokens(*pair, "rewards.x.path=r", Model(path="x"))
 
 
 def test_another_way_to_encode_is_refused_with_the_text(pair):
     edit_tokenizer(pair[1], lambda told: told["model"].update(merges=[]))
     with pytest.raises(InputError, match="encodes 'Hello, how are you"):
-        check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
+        check_reward.check_tokens(*pair, "rewards.x.path=r", Model(path="x"))
 
 
 def test_a_padding_token_of_one_of_them_is_no_difference(pair):
@@ -298,9 +299,9 @@ def test_a_padding_token_of_one_of_them_is_no_difference(pair):
         "special": True,
     }
     edit_tokenizer(pair[1], lambda told: told["added_tokens"].append(extra))
-    assert check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
+    assert check_reward.check_tokens(*pair, "rewards.x.path=r", Model(path="x"))
     with pytest.raises(InputError, match=r"the token '\[PAD\]' is \d+ here, none there"):
-        check_reward.check_tokens(*reversed(pair), "rewards.x.path=r", loading.Model(path="x"))
+        check_reward.check_tokens(*reversed(pair), "rewards.x.path=r", Model(path="x"))
 
 
 def test_another_template_is_refused_with_both_texts(pair):
@@ -309,5 +310,5 @@ def test_another_template_is_refused_with_both_texts(pair):
     other = TEMPLATE.replace("<|im_start|>' + message", "<|user|>' + message")
     (Path(pair[1].tokenizer) / "chat_template.jinja").write_text(other)
     with pytest.raises(InputError, match=r"its chat template .*<\|user\|>.*<\|im_start\|>.*model.chat_template"):
-        check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x"))
-    assert check_reward.check_tokens(*pair, "rewards.x.path=r", loading.Model(path="x", chat_template=other))
+        check_reward.check_tokens(*pair, "rewards.x.path=r", Model(path="x"))
+    assert check_reward.check_tokens(*pair, "rewards.x.path=r", Model(path="x", chat_template=other))

@@ -10,7 +10,7 @@ import torch
 
 from alignkit.core.errors import InputError, RunError
 from alignkit.models import loading
-from alignkit.models.loading import Model
+from alignkit.models.config import Model
 from alignkit.training import saving
 
 UNUSED = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}

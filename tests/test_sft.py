@@ -13,6 +13,7 @@ from command import alignkit
 from alignkit.algorithms import functional as F
 from alignkit.data import encode
 from alignkit.models import loading
+from alignkit.models.config import Model
 from alignkit.models.source import resolve_model
 from alignkit.rollout.base import Context
 from alignkit.rollout.hf import HF
@@ -58,7 +59,7 @@ def test_38_trl_trains_on_the_completion_and_its_eos_only(tiny, tmp_path):
 @pytest.mark.parametrize("alpha", [5.0, 15.0])
 def test_39_neftune_noise_is_bounded_by_each_rows_length_and_gone_in_evaluation(tiny, alpha):
     """Uniform within alpha / sqrt(l d), l the row's own tokens however far it is padded; in training only."""
-    hf = loading.load_base(str(tiny), loading.Model(path=str(tiny)), 0)
+    hf = loading.load_base(str(tiny), Model(path=str(tiny)), 0)
     embedding, seen = hf.get_input_embeddings(), []
     before = embedding.weight.detach().clone()
     sft.add_noise(hf, alpha)
@@ -97,7 +98,7 @@ def finished(path: str) -> float:
     """The share of 64 sampled answers that end within 12 tokens."""
     source = resolve_model(path)
     tokenizer = encode.load_tokenizer(source.tokenizer)
-    roles = loading.single_role(loading.load_policy(source, loading.Model(path=path), len(tokenizer))).eval()
+    roles = loading.single_role(loading.load_policy(source, Model(path=path), len(tokenizer))).eval()
     rows = [{"ids": encode.encode_prompt(tokenizer, f"Say yes {i}"), "index": i, "meta": {}} for i in range(64)]
     context = Context(source.base, "float32", 0, 64, tokenizer.eos_token_id, tokenizer.pad_token_id, 64, roles=roles)
     sampler = HF(max_new_tokens=12).start(context)

@@ -122,9 +122,9 @@ def test_a_step_is_that_of_a_bare_loop(given, runs, stage, tmp_path):
     run = runs[stage, "zero2", (24, 3), 1]
     hf = getattr(transformers, auto).from_pretrained(given[0], **({"num_labels": 1} if stage == "reward" else {}))
     if stage == "reward":  # its head is drawn from the seed
-        from alignkit.models import loading
+        from alignkit.models.score_heads import score_head
 
-        hf.score = loading.score_head(hf.config.hidden_size, torch.Generator().manual_seed(0), bias=False)
+        hf.score = score_head(hf.config.hidden_size, torch.Generator().manual_seed(0), bias=False)
     optimizer = torch.optim.AdamW(hf.parameters(), lr=RATE, eps=1e-5, weight_decay=0.0)
     for number, logged in enumerate(run["steps"]):
         loss, numbers = plain(given, hf)

@@ -12,7 +12,7 @@ from alignkit.core.types import ModelSource, ScoredRollouts
 from alignkit.finetune.critic import Critic
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
-from alignkit.models.loading import Model
+from alignkit.models.config import Model
 from alignkit.stages import ppo as stage
 from alignkit.training.engine import Optimizer
 

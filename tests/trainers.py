@@ -18,7 +18,7 @@ from alignkit.core.errors import RunError
 from alignkit.data.dataset import Data
 from alignkit.finetune.full import Full
 from alignkit.launch.local import Local
-from alignkit.models.loading import Model
+from alignkit.models.config import Model
 from alignkit.stages import card, measure, reward, sft
 from alignkit.tracking.run_log import RunLog
 from alignkit.training import engine

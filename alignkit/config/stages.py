@@ -30,7 +30,7 @@ from alignkit.core.errors import InputError
 from alignkit.core.fields import SEEDS, check_numbers, num
 from alignkit.data.dataset import Data, Kind, Ptx
 from alignkit.finetune.critic import Critic
-from alignkit.models.loading import Model
+from alignkit.models.config import Model
 from alignkit.training.engine import Optimizer
 
 # Hydra group -> where its options are defined.

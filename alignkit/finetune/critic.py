@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alignkit.core.errors import InputError
-from alignkit.models.loading import score_head
+from alignkit.models.score_heads import score_head
 
 if TYPE_CHECKING:
     from torch import nn

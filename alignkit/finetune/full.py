@@ -10,6 +10,7 @@ from alignkit.core.errors import InputError
 from alignkit.core.types import Payload
 from alignkit.finetune.critic import Critic
 from alignkit.models import adapters, loading
+from alignkit.models.config import Model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +54,7 @@ class Full:
 
     def roles(
         self,
-        model: loading.Model,
+        model: Model,
         source: ModelSource,
         reward: ModelSource | None,
         vocab: int,

@@ -13,6 +13,9 @@ from alignkit.core.fields import num
 from alignkit.core.types import Payload
 from alignkit.finetune.critic import Critic
 from alignkit.models import adapters, architectures, loaded, loading, score_heads
+from alignkit.models.config import Model
+from alignkit.models.loaded import copy_adapter
+from alignkit.models.score_heads import load_head
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -108,7 +111,7 @@ class LoRA:
 
     def roles(
         self,
-        model: loading.Model,
+        model: Model,
         source: ModelSource,
         reward: ModelSource | None,
         vocab: int,
@@ -148,7 +151,7 @@ class LoRA:
         if reward is not None and shared:
             assert reward.adapter is not None  # what is shared is an adapter
             _load_trunk_adapter(peft, reward.adapter, "reward_model")
-            parts["reward_model"], heads["reward_model"] = hf, loading.load_head(reward)
+            parts["reward_model"], heads["reward_model"] = hf, load_head(reward)
             adapters |= {"reward_model"}
         elif reward is not None:
             parts["reward_model"], heads["reward_model"] = loading.load_scorer(reward, model, vocab)
@@ -166,7 +169,7 @@ class LoRA:
                 config = self.peft_config("CAUSAL_LM", parts["critic"])
                 pefts += [get_peft_model(parts["critic"], config, adapter_name="critic", autocast_adapter_dtype=False)]
                 if start.adapter is not None:
-                    loading.copy_adapter(pefts[1], start.adapter, "critic")
+                    copy_adapter(pefts[1], start.adapter, "critic")
         for each in pefts:
             loading.disable_dropout(each)
         layers = [m for m in peft.modules() if isinstance(m, BaseTunerLayer)]  # not of a reward model of its own
@@ -244,7 +247,7 @@ def _load_trunk_adapter(peft: Any, folder: Path, name: str) -> None:
     config = LoraConfig.from_pretrained(folder)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     peft.add_adapter(name, config, autocast_adapter_dtype=False)
-    loading.copy_adapter(peft, folder, name)
+    copy_adapter(peft, folder, name)
 
 
 def _without_wrappers(name: str) -> str:

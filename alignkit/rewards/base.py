@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alignkit.core.types import ModelSource, Rollouts, ScoredRollouts
-from alignkit.models import loading
+from alignkit.models.config import Model
 from alignkit.rewards.signature import Batch, as_numbers
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Context:
     """What a reward may use."""
 
     tokenizer: Any
-    model: loading.Model | None = None  # how a learned reward is held, where it is loaded by itself
+    model: Model | None = None  # how a learned reward is held, where it is loaded by itself
     resolve: Callable[[str], ModelSource] | None = None  # a run's folder -> its weights
     device: Any = "cpu"
 

@@ -14,6 +14,7 @@ from alignkit.config.stages import Reward
 from alignkit.core.errors import RunError
 from alignkit.data import dataset, encode
 from alignkit.models import loading
+from alignkit.models.score_heads import save_head, score_head
 from alignkit.models.source import check_tokenizer, describe, resolve_model
 from alignkit.stages import card, token_ids, trl
 from alignkit.tracking.run_log import RunLog
@@ -40,7 +41,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     )
     hf.config.pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(cfg.seed)
-    hf.score = loading.score_head(hf.config.hidden_size, generator, bias=False).to(hf.dtype)
+    hf.score = score_head(hf.config.hidden_size, generator, bias=False).to(hf.dtype)
     peft_config = cfg.finetune.peft_config("SEQ_CLS", hf)
     if peft_config is not None:
         torch.manual_seed(cfg.seed)
@@ -56,7 +57,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         """Write the head, and the ids that the model was trained on."""
         with gathered(_head_of(model)):
             if world.rank == 0:
-                loading.save_head(normalised_head(model, mean, std, normalize), folder)
+                save_head(normalised_head(model, mean, std, normalize), folder)
                 token_ids.write(rows, tokenizer, folder)
 
     trainer = trl.careful(PairTrainer, cfg, world, reporter, facts, complete)(

@@ -12,7 +12,7 @@ from alignkit.core.types import ModelSource, PromptBatch
 from alignkit.data import encode
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
-from alignkit.models import loading
+from alignkit.models.config import Model
 from alignkit.rollout.base import Context, Sampling
 from alignkit.rollout.canary import gap
 from alignkit.rollout.hf import HF
@@ -32,7 +32,7 @@ def batch_of(rows: list[list[int]], index: list[int] | None = None, draws: list[
 def laws(path: str, dtype: str) -> dict:
     """The two engines as samplers, on one model."""
     source = ModelSource(base=path, tokenizer=path)
-    roles = LoRA().roles(loading.Model(path=path, dtype=dtype), source, None, 320, None, 0).eval()
+    roles = LoRA().roles(Model(path=path, dtype=dtype), source, None, 320, None, 0).eval()
     context = Context(path, dtype, 0, 64, EOS, PAD, 256, roles=roles, adapter_rank=16)
     vllm = VLLM(max_new_tokens=12, temperature=0.7).start(context)
     hf = HF(max_new_tokens=12, temperature=0.7).start(context)
@@ -83,7 +83,7 @@ def syncs(path: str, dtype: str) -> dict:
     tokenizer = encode.load_tokenizer(path)
     PAD = tokenizer.pad_token_id
     source = ModelSource(base=path, tokenizer=path)
-    model = loading.Model(path=path, dtype=dtype)
+    model = Model(path=path, dtype=dtype)
     texts = [f"Tell me something good about {what}." for what in ("rain", "a dog", "mountains", "old books")]
     rows = [encode.encode_prompt(tokenizer, text) for text in texts]
     found = {}

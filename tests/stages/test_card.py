@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.data import encode as tokens
 from alignkit.models import loading
+from alignkit.models.config import Model
+from alignkit.models.score_heads import HEAD_FILE
 from alignkit.models.source import resolve_model
 from alignkit.report.card import report_card
 from alignkit.stages.card import CHANGES, encode
@@ -65,7 +67,7 @@ def score_again(run: Path, rows: list[dict]) -> dict:
     """The card of a saved reward model, its scores read as PPO reads them."""
     source = resolve_model(str(run))
     tokenizer = tokens.load_tokenizer(source.tokenizer)
-    roles = loading.load_reward(source, loading.Model(), len(tokenizer)).eval()
+    roles = loading.load_reward(source, Model(), len(tokenizer)).eval()
     scores: dict[str, list[float]] = {"chosen": [], "rejected": []}
     for row in rows:
         for side, ids in encode(tokenizer, row).items():
@@ -103,7 +105,7 @@ def test_a_head_twenty_times_too_large_is_flagged(trained, tmp_path):
     assert card["points"]["rejected_lengths"] == written["points"]["rejected_lengths"]
     run = tmp_path / "sure" / "reward"
     shutil.copytree(trained / "good" / "reward", run)
-    head = run / "model" / loading.HEAD_FILE
+    head = run / "model" / HEAD_FILE
     save_file({name: 20 * tensor for name, tensor in load_file(head).items()}, head)
     card = score_again(run, rows)
     assert list(card["flags"]) == ["miscalibrated"] and "too sure" in card["flags"]["miscalibrated"]

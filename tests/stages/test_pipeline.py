@@ -92,11 +92,11 @@ def test_reward_head_is_normalised_and_critic_starts_as_the_reward_model(pipelin
     """Spec tests 36 and 37: the scores' zero point is kept with the head; V at the last token is the raw score."""
     from alignkit.finetune.critic import Critic
     from alignkit.finetune.lora import LoRA
-    from alignkit.models import loading
+    from alignkit.models.config import Model
     from alignkit.models.source import resolve_model
 
     source, reward = (resolve_model(str(pipeline / stage)) for stage in ("sft", "reward"))
-    roles = LoRA(last_layers=2).roles(loading.Model(path=""), source, reward, 320, Critic(), 0).eval()
+    roles = LoRA(last_layers=2).roles(Model(path=""), source, reward, 320, Critic(), 0).eval()
     ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(0))
     mask, starts = torch.ones_like(ids, dtype=torch.bool), torch.full((3,), 7)
     with torch.no_grad():
