@@ -8,11 +8,6 @@ from omegaconf import MISSING
 
 from alignkit.core.errors import InputError
 from alignkit.core.fields import check_date
-from alignkit.models.loaded import copy_adapter as copy_adapter
-from alignkit.models.score_heads import HEAD_FILE as HEAD_FILE
-from alignkit.models.score_heads import load_head as load_head
-from alignkit.models.score_heads import save_head as save_head
-from alignkit.models.score_heads import score_head as score_head
 
 
 @dataclass
