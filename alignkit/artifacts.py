@@ -242,7 +242,9 @@ def describe_checkpoint(folder: Path, run_dir: Path, stage: str, step: int, fact
     }
     made = {"stage": stage, "status": "done", "step": step, "metrics": {}}
     places = record(facts | {"base_model": dict(facts["base_model"])}, folder)
-    if place := places["base_model"].get("absolute"):  # as seen from where the checkpoint will be: it is written elsewhere
+    if place := places["base_model"].get(
+        "absolute"
+    ):  # as seen from where the checkpoint will be: it is written elsewhere
         places["base_model"]["beside"] = os.path.relpath(place, (run_dir / "checkpoints" / "step").resolve())
     write_manifest(folder, **own | places | made)
 
