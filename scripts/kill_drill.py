@@ -86,7 +86,8 @@ def kill(run: Run, aim: tuple[str, ...], life: Life, draw: random.Random) -> tup
     process = subprocess.Popen(
         run.command, env=os.environ | {MARK: mark}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    moment = time.time() + 0.9 * draw.random() * life.left(saved)
+    early, share = draw.random() < 0.4, draw.random()  # while it starts, or in its steps
+    moment = time.time() + (share * life.birth if early else life.birth + share * (life.left(saved) - life.birth))
     while process.poll() is None:
         found = {role: pid for pid, role in processes(mark, process.pid).items()}
         if time.time() >= moment and all(role in found for role in aim):
