@@ -41,7 +41,7 @@ def main() -> None:
     draw = random.Random(args.seed)
     roles = ["command", "launcher", *(f"rank {n}" for n in range(args.ranks))]
     roles += ["server", "engine"] if args.rollout == "server" else []
-    aims = itertools.cycle([(role,) for role in roles] + list(itertools.combinations(roles, 2)))
+    aims = [(role,) for role in roles] + list(itertools.combinations(roles, 2))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common = [*prepare(folder, "ppo", args.ranks), f"rollout={args.rollout}"]
@@ -58,13 +58,16 @@ def main() -> None:
             for _ in range(4):
                 if kills == args.kills:
                     break
-                aim = next(aims)
+                aim = aims[kills % len(aims)]
                 what, fault = kill(run, aim, life, draw)
+                if what == "ended before":
+                    break
                 kills, survived = kills + 1, survived + (what == "goes on")
                 faults += [f"{run.name}, {' and '.join(aim)}: {fault}"] if fault else []
                 steps = len(raw_rows(run.path))
                 print(f"{kills:>3} {run.name:<9} {' and '.join(aim):<22} {steps:>2} steps  {fault or what}", flush=True)
-            run.finish()
+            if not run.is_done():
+                run.finish()
             if fault := run.differs_from(whole):
                 faults.append(f"{run.name}: {fault}")
             print(f"    {run.name}: {fault or 'identical'}", flush=True)
@@ -83,7 +86,8 @@ def kill(run: Run, aim: tuple[str, ...], life: Life, draw: random.Random) -> tup
     process = subprocess.Popen(
         run.command, env=os.environ | {MARK: mark}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    moment = time.time() + draw.random() * life.left(saved)
+    early, share = draw.random() < 0.4, draw.random()  # while it starts, or in its steps
+    moment = time.time() + (share * life.birth if early else life.birth + share * (life.left(saved) - life.birth))
     while process.poll() is None:
         found = {role: pid for pid, role in processes(mark, process.pid).items()}
         if time.time() >= moment and all(role in found for role in aim):

@@ -123,6 +123,10 @@ class Run:
         self.name, self.path = name, folder / name / stage
         self.command = [sys.executable, "-m", "alignkit", stage, *common, f"run_name={name}"]
 
+    def is_done(self) -> bool:
+        file = self.path / "manifest.json"
+        return file.is_file() and json.loads(file.read_text())["status"] == "done"
+
     def finish(self) -> None:
         """Run to the end."""
         done = subprocess.run(self.command, capture_output=True, text=True)
