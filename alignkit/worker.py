@@ -67,7 +67,7 @@ def work(stage: str, run_dir: Path, rank: int) -> None:
     from alignkit.check.contents import check_contents, contents
     from alignkit.config import stages
     from alignkit.core.errors import Saved
-    from alignkit.runs import hashes, manifest
+    from alignkit.runs import hashes, manifests
     from alignkit.tracking.run_log import RunLog
     from alignkit.training import engine, interrupt
 
@@ -77,7 +77,7 @@ def work(stage: str, run_dir: Path, rank: int) -> None:
     if rank == 0:
         sweep(run_dir)  # of an attempt that was killed; the ranks of this one make theirs after they have met
 
-    held = (manifest.read_manifest(run_dir) or {}).get("contents", {})
+    held = (manifests.read_manifest(run_dir) or {}).get("contents", {})
     check_contents(cfg, held, contents(cfg, keep_rows=True), "the command")
 
     import torch
@@ -85,7 +85,7 @@ def work(stage: str, run_dir: Path, rank: int) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns in every process
     started = time.time()
-    told = {key: value for key, value in manifest.plain_config(run_dir).items() if key != "launcher"}  # not its setup
+    told = {key: value for key, value in manifests.plain_config(run_dir).items() if key != "launcher"}  # not its setup
     with RunLog(run_dir, stage, rank, cfg.logger, told) as log:
         world = engine.start(log.note)
         try:
@@ -93,14 +93,14 @@ def work(stage: str, run_dir: Path, rank: int) -> None:
             peaks = world.gather(peak_mib())
         except Saved as saved:
             if rank == 0:
-                manifest.write_manifest(run_dir, status="saved", saved=vars(saved))
+                manifests.write_manifest(run_dir, status="saved", saved=vars(saved))
                 log.note(str(saved))
                 log.close()
             world.barrier()  # the launcher ends the others when the first rank is gone
             raise
         if rank == 0:
             facts = hashes.record(facts, run_dir, cfg.verify) | {"metrics": metrics, "peak_mib": peaks}
-            manifest.write_manifest(run_dir, **facts, seconds=round(time.time() - started, 1), status="done")
+            manifests.write_manifest(run_dir, **facts, seconds=round(time.time() - started, 1), status="done")
     engine.stop()
 
 
@@ -111,7 +111,7 @@ def report(error: Exception, run_dir: Path, rank: int) -> int:
     """
     from alignkit.core.errors import InputError
     from alignkit.core.io import append_jsonl
-    from alignkit.runs import manifest
+    from alignkit.runs import manifests
     from alignkit.tracking.run_log import PROGRESS
 
     kind = "input" if isinstance(error, InputError) else "run"
@@ -120,10 +120,10 @@ def report(error: Exception, run_dir: Path, rank: int) -> int:
     try:
         event = {"error": said, "kind": kind, "rank": rank, "time": round(time.time(), 3)}
         if rank == 0 and shutil.disk_usage(run_dir).free < 2**18:
-            (run_dir / manifest.SPARE).unlink(missing_ok=True)  # a full disk takes these words in its place
+            (run_dir / manifests.SPARE).unlink(missing_ok=True)  # a full disk takes these words in its place
         append_jsonl(run_dir / PROGRESS, event)
         if rank == 0:
-            manifest.write_manifest(run_dir, status="failed", error=f"{type(error).__name__}: {error}")
+            manifests.write_manifest(run_dir, status="failed", error=f"{type(error).__name__}: {error}")
     except (OSError, InputError) as other:
         print(f"and this could not be written down: {other}", file=sys.stderr)
     return 2 if kind == "input" else 1

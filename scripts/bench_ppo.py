@@ -28,7 +28,7 @@ import torch
 
 from alignkit.cli.entry import conf_dir
 from alignkit.config import stages
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.models.source import resolve_model
 from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
@@ -155,11 +155,11 @@ def one_process() -> World:
 def build(cfg: stages.PPO, world: World) -> tuple:
     """Roles, engines, sampler, reward and a batch of prompts, made as the stage makes them."""
     source = resolve_model(cfg.model.path)
-    tokenizer = encode.load_tokenizer(source.tokenizer)
-    prompts, _ = encode.prompt_dataset(cfg.data.rows("prompt"), tokenizer, cfg.max_prompt_length)
-    order = encode.PromptSampler(len(prompts), cfg.seed)
+    tokenizer = tokens.load_tokenizer(source.tokenizer)
+    prompts, _ = tokens.prompt_dataset(cfg.data.rows("prompt"), tokenizer, cfg.max_prompt_length)
+    order = tokens.PromptSampler(len(prompts), cfg.seed)
     drawn = [prompts[i] for i in order.next(cfg.rollout_batch_size // cfg.group_size)]
-    batch = encode.collate_prompts(drawn, tokenizer.pad_token_id)
+    batch = tokens.collate_prompts(drawn, tokenizer.pad_token_id)
     critic = cfg.critic if cfg.algorithm.needs_critic else None
     roles = cfg.finetune.roles(cfg.model, source, None, len(tokenizer), critic, cfg.seed).to(world.device).eval()
     bare_roles = cfg.finetune.roles(cfg.model, source, None, len(tokenizer), critic, cfg.seed).to(world.device).eval()

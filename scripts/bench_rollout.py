@@ -44,7 +44,7 @@ def compare(sizes: list[int], length: int, dtype: str) -> dict[str, float | str]
     """{"speedup_<n>": …} and the seconds and bytes of a sync of either payload."""
     import torch
 
-    from alignkit.data import encode
+    from alignkit.data import tokens
     from alignkit.data.dataset import Data
     from alignkit.finetune.lora import LoRA
     from alignkit.models import loading
@@ -54,8 +54,8 @@ def compare(sizes: list[int], length: int, dtype: str) -> dict[str, float | str]
     from alignkit.rollout.vllm import VLLM
 
     source = resolve_model("demo:smollm2-135m-instruct")
-    tokenizer = encode.load_tokenizer(source.tokenizer)
-    prompts, _ = encode.prompt_dataset(Data(path="demo:chitchat/train").rows("prompt"), tokenizer, 64)
+    tokenizer = tokens.load_tokenizer(source.tokenizer)
+    prompts, _ = tokens.prompt_dataset(Data(path="demo:chitchat/train").rows("prompt"), tokenizer, 64)
     model = Model(path="", dtype=dtype)
     finetune = LoRA()
     roles = finetune.roles(model, source, None, len(tokenizer), None, 0).eval()
@@ -94,11 +94,11 @@ def compare(sizes: list[int], length: int, dtype: str) -> dict[str, float | str]
             )  # fmt: skip
         return (out.shape[1] - batch.prompt_ids.shape[1]) * len(out)
 
-    warm = encode.collate_prompts(prompts[:8], tokenizer.pad_token_id)
+    warm = tokens.collate_prompts(prompts[:8], tokenizer.pad_token_id)
     for run in (vllm, transformers):
         run(warm)
     for n in sizes:
-        batch = encode.collate_prompts([prompts[i % len(prompts)] for i in range(n)], tokenizer.pad_token_id)
+        batch = tokens.collate_prompts([prompts[i % len(prompts)] for i in range(n)], tokenizer.pad_token_id)
         rates = SimpleNamespace(vllm=[], hf=[])
         for _ in range(3):
             rates.vllm.append(rate(vllm, batch))
@@ -141,12 +141,12 @@ def measure_start() -> float:
 
 def first_token(folder: Path) -> None:
     """Start the engine on a model folder and sample one token."""
-    from alignkit.data import encode
+    from alignkit.data import tokens
     from alignkit.rollout.base import Context
     from alignkit.rollout.vllm import VLLM
 
-    tokenizer = encode.load_tokenizer(str(folder))
-    batch = encode.collate_prompts([{"ids": [5, 6, 7], "index": 0, "meta": {}}], tokenizer.pad_token_id)
+    tokenizer = tokens.load_tokenizer(str(folder))
+    batch = tokens.collate_prompts([{"ids": [5, 6, 7], "index": 0, "meta": {}}], tokenizer.pad_token_id)
     context = Context(str(folder), "float32", 0, 64, tokenizer.eos_token_id, tokenizer.pad_token_id, 8)
     VLLM(max_new_tokens=1).start(context).generate(batch, 1, 0, 0)
 

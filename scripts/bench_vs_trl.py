@@ -85,13 +85,13 @@ def make_env(folder: Path) -> str:
 
 def write_settings(folder: Path, args: argparse.Namespace) -> Path:
     """What both sides run, as JSON."""
-    from alignkit.data import encode
+    from alignkit.data import tokens
     from alignkit.data.dataset import Data
     from alignkit.models.source import resolve_model
 
     source = resolve_model("demo:smollm2-135m-instruct")
-    tokenizer = encode.load_tokenizer(source.tokenizer)
-    prompts, _ = encode.prompt_dataset(Data(path="demo:chitchat/train").rows("prompt"), tokenizer, 64)
+    tokenizer = tokens.load_tokenizer(source.tokenizer)
+    prompts, _ = tokens.prompt_dataset(Data(path="demo:chitchat/train").rows("prompt"), tokenizer, 64)
     path = folder / "settings.json"
     settings = {
         "base": source.base, "prompts": [p["ids"] for p in prompts[: args.batch * args.updates]], "batch": args.batch,
@@ -121,7 +121,7 @@ def ours(settings: dict) -> dict:
     import one_base
     import torch
 
-    from alignkit.data import encode
+    from alignkit.data import tokens
     from alignkit.models.source import resolve_model
     from alignkit.rewards import base as rewards
     from alignkit.rollout import base as rollout
@@ -144,7 +144,7 @@ def ours(settings: dict) -> dict:
     )  # fmt: skip
     world = bench_ppo.one_process()
     source = resolve_model(cfg.model.path)
-    tokenizer = encode.load_tokenizer(source.tokenizer)
+    tokenizer = tokens.load_tokenizer(source.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         sft, reward = one_base.adapters(cfg, source, len(tokenizer), Path(folder))
         roles = cfg.finetune.roles(cfg.model, sft, reward, len(tokenizer), cfg.critic, cfg.seed).eval()
@@ -165,7 +165,7 @@ def ours(settings: dict) -> dict:
     for step in range(settings["updates"]):
         rows = prompts[step * batch : (step + 1) * batch]
         with clock("generate"):
-            rollouts = sampler.generate(encode.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, step)
+            rollouts = sampler.generate(tokens.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, step)
         with clock("forward"):
             seen = ppo.forward(cfg, roles, rollouts)
             scored = score(rollouts)

@@ -23,7 +23,7 @@ import torch
 
 from alignkit.algorithms import functional as F
 from alignkit.core.types import Rollouts, ScoredRollouts
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.models import loading
 from alignkit.models.loaded import copy_adapter
 from alignkit.models.score_heads import load_head, save_head, score_head
@@ -74,7 +74,7 @@ def worker(kind: str, folder: Path, overrides: list[str]) -> dict:
     cfg = bench_ppo.compose(overrides, llama=False)
     world = bench_ppo.one_process()
     source = resolve_model(cfg.model.path)
-    tokenizer = encode.load_tokenizer(source.tokenizer)
+    tokenizer = tokens.load_tokenizer(source.tokenizer)
     sft, reward = adapters(cfg, source, len(tokenizer), folder)
     if kind == "adapters":
         return {}
@@ -149,8 +149,8 @@ def four_models(cfg, source, sft, reward, vocab: int) -> torch.nn.Module:
 
 def made_up_rollouts(cfg, tokenizer) -> Rollouts:
     """Real prompts with random responses of random lengths; the same in both processes."""
-    prompts, _ = encode.prompt_dataset(cfg.data.rows("prompt"), tokenizer, cfg.max_prompt_length)
-    batch = encode.collate_prompts(prompts[: cfg.rollout_batch_size], tokenizer.pad_token_id)
+    prompts, _ = tokens.prompt_dataset(cfg.data.rows("prompt"), tokenizer, cfg.max_prompt_length)
+    batch = tokens.collate_prompts(prompts[: cfg.rollout_batch_size], tokenizer.pad_token_id)
     generator = torch.Generator().manual_seed(0)
     rows, slots = cfg.rollout_batch_size, cfg.rollout.max_new_tokens
     ids = torch.randint(100, 10000, (rows, slots), generator=generator)

@@ -74,8 +74,7 @@ def prepare(folder: Path) -> dict[str, str]:
     """Models, and rows for the tokenizer of each: {"tiny" | "smollm2": model path, "<model>-rows" | "<model>-pairs": file}."""
     from tiny import tiny_model
 
-    from alignkit.data import dataset
-    from alignkit.data import encode as tokens
+    from alignkit.data import dataset, tokens
     from alignkit.models.source import resolve_model
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from test_cli import command, finished_run, make_work, refused, write_rows, write_weights
 
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 
 SECONDS = 10  # of the processor: a busy machine changes nothing
 ANSWER = {"prompt": "p", "completion": "c"}
@@ -267,7 +267,7 @@ MODELS = {
         change("runs/base/sft/manifest.json", base_model=None), RUN, ["manifest.json", "base_model.path", "run the stage again"]
     ),
     "a run that is not done": (
-        lambda work: manifest.write_manifest(work / "runs/base/sft", status="failed"), RUN,
+        lambda work: manifests.write_manifest(work / "runs/base/sft", status="failed"), RUN,
         ["runs/base/sft", "failed, not done", "alignkit sft run_name=base"],
     ),
     "a reward run without its head": (

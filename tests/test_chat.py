@@ -10,8 +10,7 @@ from tiny import SENTENCES, TEMPLATE, tiny_tokenizer
 from alignkit.check.model import check_template
 from alignkit.config import stages
 from alignkit.core.errors import InputError
-from alignkit.data import encode
-from alignkit.data import template as chat
+from alignkit.data import chat, tokens
 from alignkit.stages import token_ids
 
 DATED = "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + TEMPLATE
@@ -46,7 +45,7 @@ def tokenizer(tmp_path_factory):
 def test_ranks_and_checks_render_what_transformers_renders(tokenizer, tmp_path, name):
     tokenizer.chat_template = FEATURES[name]
     expected = tokenizer.apply_chat_template(TALK, add_generation_prompt=True, tokenize=False)
-    assert encode.prompt_text(tokenizer, TALK) == (expected, False)
+    assert tokens.prompt_text(tokenizer, TALK) == (expected, False)
     tokenizer.save_pretrained(tmp_path)
     assert chat.template_of(tmp_path, None).render(TALK) == expected
 
@@ -62,33 +61,33 @@ def dated(tmp_path):
 
 
 def test_a_template_is_told_the_date_that_is_given_and_keeps_it_when_saved(dated, tmp_path):
-    first = encode.load_tokenizer(dated, template_date="2026-05-01")
-    assert "Today: 01 May 2026" in first.decode(encode.encode_prompt(first, "Hello"))
-    encode.save_tokenizer(first, tmp_path / "run")
-    later = encode.load_tokenizer(tmp_path / "run")
-    assert encode.encode_prompt(later, "Hello") == encode.encode_prompt(first, "Hello")
-    assert encode.tokenizer_hash(later) == encode.tokenizer_hash(first)
-    other = encode.load_tokenizer(tmp_path / "run", template_date="2026-05-02")
-    assert encode.tokenizer_hash(other) != encode.tokenizer_hash(first)
-    assert chat.template_of(tmp_path / "run", None).render([USER]) == encode.prompt_text(first, [USER])[0]
+    first = tokens.load_tokenizer(dated, template_date="2026-05-01")
+    assert "Today: 01 May 2026" in first.decode(tokens.encode_prompt(first, "Hello"))
+    tokens.save_tokenizer(first, tmp_path / "run")
+    later = tokens.load_tokenizer(tmp_path / "run")
+    assert tokens.encode_prompt(later, "Hello") == tokens.encode_prompt(first, "Hello")
+    assert tokens.tokenizer_hash(later) == tokens.tokenizer_hash(first)
+    other = tokens.load_tokenizer(tmp_path / "run", template_date="2026-05-02")
+    assert tokens.tokenizer_hash(other) != tokens.tokenizer_hash(first)
+    assert chat.template_of(tmp_path / "run", None).render([USER]) == tokens.prompt_text(first, [USER])[0]
 
 
 def test_without_a_date_nothing_is_encoded(dated):
     with pytest.raises(InputError, match=r"strftime_now.*set model\.template_date=20\d\d-\d\d-\d\d"):
-        encode.encode_prompt(encode.load_tokenizer(dated), "Hello")
+        tokens.encode_prompt(tokens.load_tokenizer(dated), "Hello")
 
 
 def test_a_reward_model_of_an_earlier_day_reads_the_ids_it_was_trained_on(dated, tmp_path):
-    before = encode.load_tokenizer(dated, template_date="2026-05-01")
-    encode.save_tokenizer(before, tmp_path)
+    before = tokens.load_tokenizer(dated, template_date="2026-05-01")
+    tokens.save_tokenizer(before, tmp_path)
     token_ids.write([{"prompt": "Hello", "chosen": "Good.", "rejected": "Bad."}], before, tmp_path)
-    assert "reads the token ids" in token_ids.check(tmp_path, encode.load_tokenizer(tmp_path))
+    assert "reads the token ids" in token_ids.check(tmp_path, tokens.load_tokenizer(tmp_path))
     with pytest.raises(InputError, match="other token ids"):
-        token_ids.check(tmp_path, encode.load_tokenizer(dated, template_date="2026-05-02"))
+        token_ids.check(tmp_path, tokens.load_tokenizer(dated, template_date="2026-05-02"))
 
 
 def test_the_date_is_the_given_one_else_that_of_the_attempt_before_else_that_of_the_model(dated, tmp_path):
-    encode.save_tokenizer(encode.load_tokenizer(dated, template_date="2026-05-01"), tmp_path / "run")
+    tokens.save_tokenizer(tokens.load_tokenizer(dated, template_date="2026-05-01"), tmp_path / "run")
     folders = [dated, tmp_path / "run"]
     assert chat.date_to_tell(folders, None, "2026-05-03", "2026-05-02") == "2026-05-03"
     assert chat.date_to_tell(folders, None, None, "2026-05-02") == "2026-05-02"
@@ -150,27 +149,27 @@ def test_of_several_templates_the_one_to_use_is_asked_for(named):
     with pytest.raises(InputError, match=r"rag, tool_use.*model\.chat_template=rag or model\.chat_template=tool_use"):
         check_template(named, None, "model.path=model")
     with pytest.raises(InputError, match=r"model\.chat_template=rag"):
-        encode.load_tokenizer(named)
-    bare = encode.load_tokenizer(named, chat_template="rag")
+        tokens.load_tokenizer(named)
+    bare = tokens.load_tokenizer(named, chat_template="rag")
     bare.chat_template = {name: text for name, text in bare.chat_template.items() if name != "default"}
     with pytest.raises(InputError, match=r"model\.chat_template=rag"):
-        encode.encode_prompt(bare, "Hello")
+        tokens.encode_prompt(bare, "Hello")
 
 
 def test_a_named_template_is_used_everywhere_and_is_the_default_once_saved(named, tmp_path_factory):
     check_template(named, "rag", "model.path=model")
-    tokenizer = encode.load_tokenizer(named, chat_template="rag")
-    text = encode.prompt_text(tokenizer, "Hello")[0]
+    tokenizer = tokens.load_tokenizer(named, chat_template="rag")
+    text = tokens.prompt_text(tokenizer, "Hello")[0]
     assert text.startswith("rag: <|im_start|>user") and chat.template_of(named, "rag").render([USER]).startswith(
         "rag: "
     )
-    encode.save_tokenizer(tokenizer, run := tmp_path_factory.mktemp("run"))
+    tokens.save_tokenizer(tokenizer, run := tmp_path_factory.mktemp("run"))
     for wanted in (None, "rag"):  # a pipeline hands its setting to every stage
-        later = encode.load_tokenizer(run, chat_template=wanted)
-        assert encode.prompt_text(later, "Hello")[0] == text
-        assert encode.tokenizer_hash(later) == encode.tokenizer_hash(tokenizer)
+        later = tokens.load_tokenizer(run, chat_template=wanted)
+        assert tokens.prompt_text(later, "Hello")[0] == text
+        assert tokens.tokenizer_hash(later) == tokens.tokenizer_hash(tokenizer)
     with pytest.raises(InputError, match=r"chat_template=toll_use: neither.*rag, tool_use"):
-        encode.load_tokenizer(named, chat_template="toll_use")
+        tokens.load_tokenizer(named, chat_template="toll_use")
 
 
 # ------------------------------------------------------------------------------------------ what it drops or changes

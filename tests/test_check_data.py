@@ -18,7 +18,7 @@ from alignkit.check import lints, minhash
 from alignkit.check.lints import Findings, HeldOut, RowLints
 from alignkit.check.token_lints import TokenLints, template_notes
 from alignkit.core.errors import InputError
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.data.dataset import Data
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -238,7 +238,7 @@ def test_minima_agree_as_often_as_the_sets_overlap():
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer(folder)
-    return encode.load_tokenizer(folder, light=True)
+    return tokens.load_tokenizer(folder, light=True)
 
 
 def test_lengths_are_those_of_the_trainers_columns(tokenizer):
@@ -258,14 +258,14 @@ def test_lengths_are_those_of_the_trainers_columns(tokenizer):
     lint.check([(f"r line {n}", row) for n, row in enumerate(rows)], findings)
     whole = [
         max(
-            len(encode.encode_prompt(tokenizer, r["prompt"]) + encode.encode_response(tokenizer, r[s]))
+            len(tokens.encode_prompt(tokenizer, r["prompt"]) + tokens.encode_response(tokenizer, r[s]))
             for s in ("chosen", "rejected")
         )
         for r in rows
     ]
     assert findings["too_long"].listed == [n for n, length in enumerate(whole) if length > 45] != []
-    assert lint.lengths["chosen"].tolist() == [len(encode.encode_response(tokenizer, r["chosen"])) for r in rows]
-    _, dropped = encode.preference_dataset(rows, tokenizer, 45)
+    assert lint.lengths["chosen"].tolist() == [len(tokens.encode_response(tokenizer, r["chosen"])) for r in rows]
+    _, dropped = tokens.preference_dataset(rows, tokenizer, 45)
     assert dropped.too_long == findings["too_long"].count
 
 
@@ -288,7 +288,7 @@ def test_templates_that_refuse_or_drop_messages(tokenizer, tmp_path):
     row = {"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}], "completion": "Yo"}
     for template, words in ((drops, "does not contain 'Be kind.'"), (refuses, "no system")):
         tiny_tokenizer(tmp_path)
-        other = encode.load_tokenizer(tmp_path, chat_template=template, light=True)
+        other = tokens.load_tokenizer(tmp_path, chat_template=template, light=True)
         findings = Findings()
         TokenLints(other, 512, "max_length").check([("r line 1", row)], findings)
         assert words in findings["template"].shown[0]
@@ -299,11 +299,11 @@ def test_how_a_template_begins_and_ends_is_noted(tokenizer, tmp_path):
     ends = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</end>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     begins = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     tiny_tokenizer(tmp_path)
-    (note,) = template_notes(encode.load_tokenizer(tmp_path, chat_template=ends, light=True))
+    (note,) = template_notes(tokens.load_tokenizer(tmp_path, chat_template=ends, light=True))
     assert "'</end>'" in note and repr(EOS) in note
-    (note,) = template_notes(encode.load_tokenizer(tmp_path, chat_template=begins, light=True))
+    (note,) = template_notes(tokens.load_tokenizer(tmp_path, chat_template=begins, light=True))
     assert "otherwise than the prompt" in note
-    plain = encode.load_tokenizer(tmp_path)
+    plain = tokens.load_tokenizer(tmp_path)
     plain.chat_template = None
     assert "no chat template" in template_notes(plain)[0]
 
@@ -315,7 +315,7 @@ def test_a_light_tokenizer_has_the_ids_of_the_whole_one_without_torch(tmp_path):
         "print(tokens.tokenizer_hash(t), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [encode.tokenizer_hash(encode.load_tokenizer(tmp_path)), "False"]
+    assert done.stdout.split() == [tokens.tokenizer_hash(tokens.load_tokenizer(tmp_path)), "False"]
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -23,7 +23,7 @@ from tiny import BOS, EOS, PAD, TEMPLATE
 
 from alignkit.cli import entry
 from alignkit.launch.local import Local
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 
 STAGES = ("sft", "sample", "reward", "ppo", "evaluate")
 # What each command cannot do without, on the files of the `work` fixture.
@@ -109,7 +109,7 @@ def finished_run(run_dir: Path, stage: str, base: Path, tokenizer_hash: str = "t
         json.dumps({"base_model_name_or_path": str(base), "r": 16, "lora_alpha": 32})
     )
     facts = {"base_model": {"path": str(base), "hash": None}, "adapter": True, "tokenizer_hash": tokenizer_hash}
-    manifest.write_manifest(
+    manifests.write_manifest(
         run_dir, **{"stage": stage, "status": "done", "config_hash": "c0", "metrics": {}, **facts, **changes}
     )
 
@@ -361,7 +361,7 @@ def test_the_folder_of_all_stages_is_not_a_stage(work):
 
 @pytest.mark.parametrize("status", ["running", "failed"])
 def test_a_run_that_is_not_done_is_refused_with_the_command_that_finishes_it(work, status):
-    manifest.write_manifest(work / "runs/base/sft", status=status)
+    manifests.write_manifest(work / "runs/base/sft", status=status)
     refused(work, command("ppo"), "runs/base/sft", status, "not done", "alignkit sft run_name=base")
 
 

@@ -12,9 +12,9 @@ import pytest
 from tiny import EOS, PAD, VOCAB, WORDS, tiny_model, tiny_tokenizer
 
 from alignkit.core.errors import InputError
-from alignkit.data import dataset, encode
+from alignkit.data import dataset, tokens
 from alignkit.data.dataset import Data
-from alignkit.data.encode import PromptSampler
+from alignkit.data.tokens import PromptSampler
 
 USER = {"role": "user", "content": "How are you?"}
 ANSWER = {"role": "assistant", "content": "I am happy."}
@@ -26,7 +26,7 @@ PAIR = {"prompt": "How are you?", "chosen": "Happy.", "rejected": "Sad."}
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer(folder)
-    return encode.load_tokenizer(folder)
+    return tokens.load_tokenizer(folder)
 
 
 @pytest.fixture
@@ -289,15 +289,15 @@ def test_a_faulty_setting_is_refused_before_anything_is_read(settings, parts):
 def test_a_text_has_the_same_ids_on_every_path(tokenizer):
     for prompt in ("How are you?", [{"role": "system", "content": "Be good."}, USER]):
         rows = [{"prompt": prompt, "completion": "I am happy.", "chosen": "I am happy.", "rejected": "No."}]
-        sft = encode.sft_dataset(rows, tokenizer, 200)[0][0]
-        pair = encode.preference_dataset(rows, tokenizer, 200)[0][0]
-        batch = encode.collate_prompts(encode.prompt_dataset(rows, tokenizer, 200)[0], tokenizer.pad_token_id)
+        sft = tokens.sft_dataset(rows, tokenizer, 200)[0][0]
+        pair = tokens.preference_dataset(rows, tokenizer, 200)[0][0]
+        batch = tokens.collate_prompts(tokens.prompt_dataset(rows, tokenizer, 200)[0], tokenizer.pad_token_id)
         prompt_ids = batch.prompt_ids[0].tolist()
-        response_ids = encode.encode_response(tokenizer, "I am happy.")
+        response_ids = tokens.encode_response(tokenizer, "I am happy.")
 
         assert sft["input_ids"] == pair["chosen_ids"] == prompt_ids + response_ids
         assert sft["completion_mask"] == [0] * len(prompt_ids) + [1] * len(response_ids)
-        assert pair["rejected_ids"] == prompt_ids + encode.encode_response(tokenizer, "No.")
+        assert pair["rejected_ids"] == prompt_ids + tokens.encode_response(tokenizer, "No.")
 
 
 def test_the_tiny_tokenizer_is_as_its_module_says(tokenizer):
@@ -308,24 +308,24 @@ def test_the_tiny_tokenizer_is_as_its_module_says(tokenizer):
 
 
 def test_prompt_and_response_are_what_the_template_renders(tokenizer):
-    assert tokenizer.decode(encode.encode_prompt(tokenizer, "Hello")) == (
+    assert tokenizer.decode(tokens.encode_prompt(tokenizer, "Hello")) == (
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert encode.encode_prompt(tokenizer, "Hello") == encode.encode_prompt(
+    assert tokens.encode_prompt(tokenizer, "Hello") == tokens.encode_prompt(
         tokenizer, [{"role": "user", "content": "Hello"}]
     )
-    response = encode.encode_response(tokenizer, "good day")
+    response = tokens.encode_response(tokenizer, "good day")
     assert tokenizer.decode(response) == "good day<|im_end|>"
     assert response.count(tokenizer.eos_token_id) == 1
-    assert encode.encode_response(tokenizer, "good day<|im_end|>") == response, "an eos that is there is not doubled"
+    assert tokens.encode_response(tokenizer, "good day<|im_end|>") == response, "an eos that is there is not doubled"
 
 
 def test_without_a_template_a_string_is_verbatim_and_messages_are_refused(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path)
     tokenizer.chat_template = None
-    assert tokenizer.decode(encode.encode_prompt(tokenizer, "Hello day")) == "Hello day"
+    assert tokenizer.decode(tokens.encode_prompt(tokenizer, "Hello day")) == "Hello day"
     with pytest.raises(InputError, match=r"no chat template.*model\.chat_template"):
-        encode.encode_prompt(tokenizer, [USER])
+        tokens.encode_prompt(tokenizer, [USER])
 
 
 @pytest.mark.parametrize("template", [None, "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"])
@@ -339,17 +339,17 @@ def test_there_is_never_a_second_bos_nor_an_eos_after_a_prompt(tmp_path, templat
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"<|im_start|> $A {EOS}", special_tokens=[("<|im_start|>", bos), (EOS, eos)]
     )
-    hello = encode.encode_response(tokenizer, "Hello")[:-1]
-    assert encode.encode_prompt(tokenizer, "Hello") == [bos, *hello]
-    assert encode.encode_prompt(tokenizer, "<|im_start|>Hello") == [bos, *hello]
-    assert encode.encode_response(tokenizer, "Hello") == [*hello, eos]
+    hello = tokens.encode_response(tokenizer, "Hello")[:-1]
+    assert tokens.encode_prompt(tokenizer, "Hello") == [bos, *hello]
+    assert tokens.encode_prompt(tokenizer, "<|im_start|>Hello") == [bos, *hello]
+    assert tokens.encode_response(tokenizer, "Hello") == [*hello, eos]
 
 
 def test_a_template_that_refuses_the_roles_is_reported(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path)
     tokenizer.chat_template = "{{ raise_exception('only user and assistant') }}"
     with pytest.raises(InputError, match="refuses messages of user: only user and assistant"):
-        encode.encode_prompt(tokenizer, [USER])
+        tokens.encode_prompt(tokenizer, [USER])
 
 
 def resaved(folder, **changes):
@@ -358,7 +358,7 @@ def resaved(folder, **changes):
     for name, value in changes.items():
         setattr(tokenizer, name, value)
     tokenizer.save_pretrained(folder)
-    return encode.load_tokenizer(folder)
+    return tokens.load_tokenizer(folder)
 
 
 def test_pad_is_never_eos(tmp_path, tokenizer):
@@ -372,33 +372,33 @@ def test_pad_is_never_eos(tmp_path, tokenizer):
 
 
 def test_tokenizer_hash_tells_tokenizers_apart_and_survives_saving(tmp_path, tokenizer):
-    same = encode.load_tokenizer(tokenizer.save_pretrained(tmp_path / "a") and tmp_path / "a")
-    assert encode.tokenizer_hash(same) == encode.tokenizer_hash(tokenizer)
+    same = tokens.load_tokenizer(tokenizer.save_pretrained(tmp_path / "a") and tmp_path / "a")
+    assert tokens.tokenizer_hash(same) == tokens.tokenizer_hash(tokenizer)
     same.padding_side = "right"
-    assert encode.tokenizer_hash(same) == encode.tokenizer_hash(tokenizer), "padding does not change the ids of a text"
-    template = encode.load_tokenizer(tmp_path / "a", chat_template="{{ messages[0]['content'] }}")
+    assert tokens.tokenizer_hash(same) == tokens.tokenizer_hash(tokenizer), "padding does not change the ids of a text"
+    template = tokens.load_tokenizer(tmp_path / "a", chat_template="{{ messages[0]['content'] }}")
     other_pad = resaved(tmp_path / "b", pad_token="<unk>")
-    assert len({encode.tokenizer_hash(t) for t in (tokenizer, template, other_pad)}) == 3
+    assert len({tokens.tokenizer_hash(t) for t in (tokenizer, template, other_pad)}) == 3
 
 
 def test_chat_template_may_be_a_file(tmp_path):
     tiny_tokenizer(tmp_path / "t")
     (tmp_path / "short.jinja").write_text("{{ messages[0]['content'] }}:")
-    tokenizer = encode.load_tokenizer(tmp_path / "t", chat_template=str(tmp_path / "short.jinja"))
-    assert tokenizer.decode(encode.encode_prompt(tokenizer, "Hello")) == "Hello:"
+    tokenizer = tokens.load_tokenizer(tmp_path / "t", chat_template=str(tmp_path / "short.jinja"))
+    assert tokenizer.decode(tokens.encode_prompt(tokenizer, "Hello")) == "Hello:"
     with pytest.raises(InputError, match=r"neither a Jinja text nor a file: did you mean short\.jinja\?"):
-        encode.load_tokenizer(tmp_path / "t", chat_template=str(tmp_path / "shrt.jinja"))
+        tokens.load_tokenizer(tmp_path / "t", chat_template=str(tmp_path / "shrt.jinja"))
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "weights.bin").write_text("")
     with pytest.raises(InputError, match=r"is no model: it has no tokenizer\.json \(it holds: weights\.bin\)"):
-        encode.load_tokenizer(tmp_path)
+        tokens.load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no such model folder"):
-        encode.load_tokenizer(tmp_path / "nothing")
+        tokens.load_tokenizer(tmp_path / "nothing")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="no tokenizer could be loaded"):
-        encode.load_tokenizer(tmp_path)
+        tokens.load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no eos_token"):
         resaved(tmp_path / "t", eos_token=None)
 
@@ -408,13 +408,13 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 
 def test_long_rows_are_left_out_whole_and_counted(tokenizer):
     rows = [{**SFT, **PAIR}, {**SFT, **PAIR, "prompt": "How are you today? " * 20}, {**SFT, **PAIR, "prompt": "Hello"}]
-    for make in (encode.sft_dataset, encode.preference_dataset):
+    for make in (tokens.sft_dataset, tokens.preference_dataset):
         kept, dropped = make(rows, tokenizer, 40)
         assert (len(kept), dropped.kept, dropped.too_long) == (2, 2, 1)
         assert dropped.describe() == "2 rows (1 of 3 left out, longer than 40 tokens)"
         assert kept[0] == make(rows[:1], tokenizer, 1000)[0][0], "what stays is not cut"
         assert make(rows, tokenizer, 1000)[1].describe() == "3 rows"
-    prompts, dropped = encode.prompt_dataset(rows, tokenizer, 30)
+    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, 30)
     assert [prompt["index"] for prompt in prompts] == [0, 2], "an index names the row of the data set"
     assert [prompt["meta"] for prompt in prompts] == [rows[0], rows[2]]
     assert (dropped.kept, dropped.too_long) == (2, 1)
@@ -422,19 +422,19 @@ def test_long_rows_are_left_out_whole_and_counted(tokenizer):
 
 def test_a_pair_goes_when_only_one_side_is_long_and_the_limit_itself_fits(tokenizer):
     rows = [{**PAIR, "rejected": "Sad. " * 50}, PAIR]
-    kept, dropped = encode.preference_dataset(rows, tokenizer, 40)
+    kept, dropped = tokens.preference_dataset(rows, tokenizer, 40)
     assert (len(kept), dropped.too_long) == (1, 1)
-    length = len(encode.sft_dataset([SFT], tokenizer, 1000)[0][0]["input_ids"])
-    assert encode.sft_dataset([SFT], tokenizer, length)[1].kept == 1
+    length = len(tokens.sft_dataset([SFT], tokenizer, 1000)[0][0]["input_ids"])
+    assert tokens.sft_dataset([SFT], tokenizer, length)[1].kept == 1
     with pytest.raises(InputError, match=f"max_length={length - 1} tokens: all 1 rows are longer .*{length}"):
-        encode.sft_dataset([SFT], tokenizer, length - 1)
+        tokens.sft_dataset([SFT], tokenizer, length - 1)
     with pytest.raises(InputError, match="max_prompt_length=2 tokens: all 1 rows"):
-        encode.prompt_dataset([SFT], tokenizer, 2)
+        tokens.prompt_dataset([SFT], tokenizer, 2)
 
 
 def test_collate_pads_on_the_left(tokenizer):
     prompts = [{"ids": [5, 6, 7], "index": 4, "meta": {"a": 1}}, {"ids": [8], "index": 2, "meta": {"a": 2}}]
-    batch = encode.collate_prompts(prompts, pad_id=1)
+    batch = tokens.collate_prompts(prompts, pad_id=1)
     assert batch.prompt_ids.tolist() == [[5, 6, 7], [1, 1, 8]]
     assert batch.prompt_mask.tolist() == [[True, True, True], [False, False, True]]
     assert batch.prompt_index.tolist() == [4, 2] and batch.meta == [{"a": 1}, {"a": 2}]
@@ -492,7 +492,7 @@ def test_trl_takes_the_columns_as_they_are(tmp_path):
     from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
     folder = tiny_model(tmp_path / "model")
-    tokenizer = encode.load_tokenizer(folder)
+    tokenizer = tokens.load_tokenizer(folder)
     common = {
         "output_dir": str(tmp_path / "out"),
         "use_cpu": True,
@@ -500,7 +500,7 @@ def test_trl_takes_the_columns_as_they_are(tmp_path):
         "disable_tqdm": True,
         "bf16": False,
     }
-    ours, _ = encode.sft_dataset([SFT], tokenizer, 200)
+    ours, _ = tokens.sft_dataset([SFT], tokenizer, 200)
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(folder),
         SFTConfig(**common, completion_only_loss=True, max_length=None),
@@ -512,7 +512,7 @@ def test_trl_takes_the_columns_as_they_are(tmp_path):
     expected = [i if m else -100 for i, m in zip(ours[0]["input_ids"], ours[0]["completion_mask"], strict=True)]
     assert batch["labels"][0].tolist() == expected and expected[-1] == tokenizer.eos_token_id
 
-    pairs, _ = encode.preference_dataset([PAIR], tokenizer, 200)
+    pairs, _ = tokens.preference_dataset([PAIR], tokenizer, 200)
     trainer = RewardTrainer(
         AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1),
         RewardConfig(**common, max_length=None),

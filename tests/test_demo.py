@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.core.errors import InputError, RunError
-from alignkit.data import demo, encode
+from alignkit.data import demo, tokens
 from alignkit.data.dataset import Data
 
 
@@ -156,7 +156,7 @@ def test_the_model_answers_and_ends(model_folder):
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = encode.load_tokenizer(model_folder)
+    tokenizer = tokens.load_tokenizer(model_folder)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     assert model.dtype == torch.float32
@@ -166,7 +166,7 @@ def test_the_model_answers_and_ends(model_folder):
     assert model.generation_config.pad_token_id == model.config.pad_token_id == tokenizer.pad_token_id
     assert not hasattr(model.config, "quantization_config")
 
-    prompt = encode.encode_prompt(tokenizer, "What is the capital of France?")
+    prompt = tokens.encode_prompt(tokenizer, "What is the capital of France?")
     answer = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
@@ -176,7 +176,7 @@ def test_the_folder_is_made_once_and_keeps_its_template(model_folder):
     before = (model_folder / "model.safetensors").stat().st_mtime_ns
     assert demo.model(cache=model_folder.parent) == model_folder
     assert (model_folder / "model.safetensors").stat().st_mtime_ns == before
-    assert "You are a helpful AI assistant named SmolLM" in encode.load_tokenizer(model_folder).chat_template
+    assert "You are a helpful AI assistant named SmolLM" in tokens.load_tokenizer(model_folder).chat_template
 
 
 def test_the_command_prints_the_folder_and_nothing_else(model_folder, monkeypatch):

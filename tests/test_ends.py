@@ -13,7 +13,7 @@ from tiny import EOS, PAD, SENTENCES, TEMPLATE, tiny_model, tiny_tokenizer
 
 from alignkit.algorithms import functional as F
 from alignkit.core.errors import InputError
-from alignkit.data import encode, ends
+from alignkit.data import ends, tokens
 from alignkit.models import loading
 from alignkit.models.config import Model
 from alignkit.models.score_heads import score_head
@@ -46,13 +46,13 @@ def changed(folder, **settings):
 
 
 def test_an_answer_ends_with_what_the_template_closes_it_with(two, tmp_path_factory):
-    tokenizer = encode.load_tokenizer(two)
+    tokenizer = tokens.load_tokenizer(two)
     end, old = tokenizer.convert_tokens_to_ids([EOS, END])
-    assert encode.encode_response(tokenizer, "good")[-1] == end and encode.stops(tokenizer) == [end, old]
+    assert tokens.encode_response(tokenizer, "good")[-1] == end and tokens.stops(tokenizer) == [end, old]
     assert tokenizer.pad_token_id not in (end, old)
-    encode.save_tokenizer(tokenizer, run := tmp_path_factory.mktemp("run"))
-    later = encode.load_tokenizer(run, base=two)
-    assert encode.tokenizer_hash(later) == encode.tokenizer_hash(tokenizer) and set(encode.stops(later)) == {end, old}
+    tokens.save_tokenizer(tokenizer, run := tmp_path_factory.mktemp("run"))
+    later = tokens.load_tokenizer(run, base=two)
+    assert tokens.tokenizer_hash(later) == tokens.tokenizer_hash(tokenizer) and set(tokens.stops(later)) == {end, old}
     assert ends.of_folders(two, two, None) == tokenizer.notes
     assert EOS in tokenizer.notes[0] and END in tokenizer.notes[0] and "rollouts stop at each" in tokenizer.notes[-1]
 
@@ -60,11 +60,11 @@ def test_an_answer_ends_with_what_the_template_closes_it_with(two, tmp_path_fact
 def test_where_all_agree_nothing_is_said_and_nothing_changes(tmp_path):
     before = tiny_tokenizer(tmp_path)
     name_ends(tmp_path, before.eos_token_id)
-    tokenizer = encode.load_tokenizer(tmp_path)
+    tokenizer = tokens.load_tokenizer(tmp_path)
     assert tokenizer.notes == ends.of_folders(tmp_path, tmp_path, None) == []
-    assert encode.stops(tokenizer) == [before.eos_token_id] and encode.tokenizer_hash(
+    assert tokens.stops(tokenizer) == [before.eos_token_id] and tokens.tokenizer_hash(
         tokenizer
-    ) == encode.tokenizer_hash(before)
+    ) == tokens.tokenizer_hash(before)
 
 
 CLOSED = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}CLOSE{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -84,18 +84,18 @@ CLOSED = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}CLOSE{% endf
 )
 def test_the_end_is_read_off_the_template(two, close, eos, words):
     name_ends(two, [])
-    tokenizer = encode.load_tokenizer(two, chat_template=CLOSED.replace("CLOSE", close))
+    tokenizer = tokens.load_tokenizer(two, chat_template=CLOSED.replace("CLOSE", close))
     assert tokenizer.eos_token == eos and words in " ".join(tokenizer.notes)
-    assert tokenizer.eos_token_id == encode.stops(tokenizer)[0]
+    assert tokenizer.eos_token_id == tokens.stops(tokenizer)[0]
     closing = EOS if EOS in close else END
-    assert tokenizer.convert_tokens_to_ids(closing) in encode.stops(tokenizer)
+    assert tokenizer.convert_tokens_to_ids(closing) in tokens.stops(tokenizer)
 
 
 @pytest.mark.parametrize(("named", "stops"), [(3, [3]), ([3, 5], [3, 5]), ([5], [3, 5]), ([], [3]), (None, [3])])
 def test_rollouts_stop_at_what_generation_config_names(tmp_path, named, stops):
     tiny_tokenizer(tmp_path)
     name_ends(tmp_path, named)
-    assert encode.stops(encode.load_tokenizer(tmp_path)) == stops
+    assert tokens.stops(tokens.load_tokenizer(tmp_path)) == stops
 
 
 def test_an_end_outside_the_vocabulary_is_said_and_an_end_that_is_none_is_refused(tmp_path):
@@ -103,7 +103,7 @@ def test_an_end_outside_the_vocabulary_is_said_and_an_end_that_is_none_is_refuse
     name_ends(tmp_path, [3, 128001])
     (note,) = ends.of_folders(tmp_path, tmp_path, None)
     assert (
-        "128001" in note and "generation_config.json" in note and encode.stops(encode.load_tokenizer(tmp_path)) == [3]
+        "128001" in note and "generation_config.json" in note and tokens.stops(tokens.load_tokenizer(tmp_path)) == [3]
     )
     name_ends(tmp_path, "<|im_end|>")
     with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id='<\|im_end\|>': expected the id"):
@@ -111,11 +111,11 @@ def test_an_end_outside_the_vocabulary_is_said_and_an_end_that_is_none_is_refuse
 
 
 def test_a_saved_model_names_its_ends(two, tmp_path_factory):
-    tokenizer = encode.load_tokenizer(two)
+    tokenizer = tokens.load_tokenizer(two)
     hf = loading.load_base(str(tiny_model(tmp_path_factory.mktemp("model"))), Model(path="x"), len(tokenizer))
-    encode.name_ends(hf, tokenizer)
+    tokens.name_ends(hf, tokenizer)
     hf.save_pretrained(saved := tmp_path_factory.mktemp("saved"))
-    assert ends.named_ends(saved) == encode.stops(tokenizer) and len(ends.named_ends(saved)) == 2
+    assert ends.named_ends(saved) == tokens.stops(tokenizer) and len(ends.named_ends(saved)) == 2
     config = json.loads((saved / "config.json").read_text())
     assert (config["eos_token_id"], config["pad_token_id"]) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
@@ -124,7 +124,7 @@ def test_an_eos_token_outside_the_vocabulary_is_refused(tmp_path):
     tiny_tokenizer(tmp_path)
     changed(tmp_path, eos_token=None)
     with pytest.raises(InputError, match=r"has no eos_token.*set it in tokenizer_config\.json"):
-        encode.load_tokenizer(tmp_path)
+        tokens.load_tokenizer(tmp_path)
     assert ends.words_of(tmp_path) is None and ends.of_folders(tmp_path, tmp_path, None) == []
 
 
@@ -135,9 +135,9 @@ def test_every_engine_is_given_all_ends():
 
 def test_a_text_does_not_hold_its_end_whichever_it_is(tmp_path):
     tiny_tokenizer(tmp_path)
-    word = encode.load_tokenizer(tmp_path).convert_tokens_to_ids("good")
+    word = tokens.load_tokenizer(tmp_path).convert_tokens_to_ids("good")
     name_ends(tmp_path, [3, word])  # an end that is no special token
-    tokenizer = encode.load_tokenizer(tmp_path)
+    tokenizer = tokens.load_tokenizer(tmp_path)
     rollouts = token_ids.as_rollouts([{"prompt": "Hello!", "response": "sad"}], tokenizer)
     rollouts.response_ids[0, -1] = word
     assert response_texts(tokenizer, rollouts) == ["sad"]
@@ -214,20 +214,20 @@ def test_padding_takes_a_token_that_is_there(tmp_path, kind, shipped):
     folder = make(tmp_path / "m")
     eos = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
     changed(folder, pad_token=eos if shipped == "eos" else None)
-    tokenizer = encode.load_tokenizer(folder)
+    tokenizer = tokens.load_tokenizer(folder)
     rows = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"].values()
     assert tokenizer.pad_token_id in rows and len(tokenizer) == max(rows) + 1  # no new row
-    assert tokenizer.pad_token_id not in encode.stops(tokenizer)
+    assert tokenizer.pad_token_id not in tokens.stops(tokenizer)
     assert expected is None or tokenizer.pad_token == expected
     assert ends.of_folders(folder, folder, None) == tokenizer.notes and "no new row" in tokenizer.notes[-1]
     # The same again once saved, and no text reads otherwise for it.
     texts = [*SENTENCES, "Müßiggang, L'Haÿ-les-Roses 6÷2 Þór", tokenizer.pad_token]
     before = [tokenizer(text).input_ids for text in texts]
-    encode.save_tokenizer(tokenizer, tmp_path / "run")
-    later = encode.load_tokenizer(tmp_path / "run")
-    assert [later(text).input_ids for text in texts] == before and encode.tokenizer_hash(
+    tokens.save_tokenizer(tokenizer, tmp_path / "run")
+    later = tokens.load_tokenizer(tmp_path / "run")
+    assert [later(text).input_ids for text in texts] == before and tokens.tokenizer_hash(
         later
-    ) == encode.tokenizer_hash(tokenizer)
+    ) == tokens.tokenizer_hash(tokenizer)
     assert "" not in [
         later.decode(ids, skip_special_tokens=True) for ids in before[: None if kind == "the last word" else -1]
     ]
@@ -238,7 +238,7 @@ def test_a_pad_token_that_a_run_added_before_is_still_read(tmp_path):
     old = tiny_tokenizer(tmp_path)
     old.add_special_tokens({"pad_token": "<|pad|>"})
     old.save_pretrained(tmp_path)
-    tokenizer = encode.load_tokenizer(tmp_path)
+    tokenizer = tokens.load_tokenizer(tmp_path)
     assert (tokenizer.pad_token, tokenizer.pad_token_id, len(tokenizer)) == ("<|pad|>", 320, 321)
 
 
@@ -373,9 +373,9 @@ def test_no_row_is_made_for_padding_and_the_saved_reward_model_scores_alike_else
     assert theirs.get_input_embeddings().weight.shape[0] == 300
     from alignkit.models.source import resolve_model
 
-    tokenizer = encode.load_tokenizer(folder)
+    tokenizer = tokens.load_tokenizer(folder)
     ours = loading.load_reward(resolve_model(str(work / "runs/p/reward")), Model(path="x"), len(tokenizer))
-    ids = torch.tensor([encode.encode_prompt(tokenizer, "Hello 3") + encode.encode_response(tokenizer, "Yes, good.")])
+    ids = torch.tensor([tokens.encode_prompt(tokenizer, "Hello 3") + tokens.encode_response(tokenizer, "Yes, good.")])
     assert ids.tolist() == [
         plain(
             plain.apply_chat_template([{"role": "user", "content": "Hello 3"}], tokenize=False) + "Yes, good." + END

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from alignkit.config import stages
 from alignkit.report import html, summary
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 from alignkit.stages import evaluate
 from alignkit.tracking.run_log import NoLogger, RunLog
 
@@ -27,7 +27,7 @@ def run(folder, tiny, name, *more):
     cfg.run_dir.mkdir(parents=True)
     with RunLog(cfg.run_dir, "evaluate", 0, NoLogger(), {}) as log:
         metrics, facts = evaluate.main(cfg, ONE, log)
-    manifest.write_manifest(cfg.run_dir, stage="evaluate", status="done", metrics=metrics, **facts)
+    manifests.write_manifest(cfg.run_dir, stage="evaluate", status="done", metrics=metrics, **facts)
     return cfg.run_dir, metrics
 
 

@@ -20,7 +20,7 @@ from alignkit.core.errors import InputError, RunError
 from alignkit.launch import scheduler
 from alignkit.launch.slurm import Slurm
 from alignkit.rollout.server import Server
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 from alignkit.training import rendezvous
 
 # Each makes the file `pwned` where Hydra is let have it.
@@ -238,7 +238,7 @@ AS_SHOWN = r"\x1b[2J\x1b]0;title\x07done\rfailed\x9b1A\u202e"
 def test_no_text_of_a_run_moves_the_cursor(work):
     run = work / "runs/hostile/sft"
     (run / "logs").mkdir(parents=True)
-    manifest.write_manifest(run, stage="sft", status="failed", error=HOSTILE_TEXT, metrics={"eval_loss": 1.0})
+    manifests.write_manifest(run, stage="sft", status="failed", error=HOSTILE_TEXT, metrics={"eval_loss": 1.0})
     (run / "logs/sft.log").write_text(f"{HOSTILE_TEXT}\n", newline="")
     (run / "config.yaml").write_text('run_name: hostile\nruns_dir: runs\nseed: "\\e[2J"\n')
     for line in (["status", "runs/hostile"], ["report", "runs/hostile"], ["resume", "runs/hostile/sft", "--dry-run"]):

@@ -13,8 +13,7 @@ from test_cli import command, invoke, make_work, refused
 from alignkit.core.errors import InputError
 from alignkit.models.source import resolve_model
 from alignkit.pipeline import lineage
-from alignkit.runs import hashes
-from alignkit.runs import manifest as artifacts
+from alignkit.runs import hashes, manifests
 
 ADAPTER = "runs/base/sft/model/adapter_model.safetensors"
 
@@ -27,7 +26,7 @@ def work(tmp_path, monkeypatch) -> Path:
     for stage in ("sft", "reward", "ppo"):
         run = Path("runs/base") / stage
         (run / "config.yaml").write_text("runs_dir: runs\nrun_name: base\n")
-        artifacts.write_manifest(run, **made(run, "model"))
+        manifests.write_manifest(run, **made(run, "model"))
     return folder
 
 
@@ -38,7 +37,7 @@ def made(run: Path, base: str, verify: str = "auto") -> dict:
 
 def older(run: Path) -> None:
     """The manifest as versions before this record wrote it."""
-    manifest = artifacts.read_manifest(run) or {}
+    manifest = manifests.read_manifest(run) or {}
     manifest.pop("model_files")
     manifest["base_model"] = {key: manifest["base_model"][key] for key in ("path", "hash", "quantization")}
     (run / "manifest.json").write_text(json.dumps(manifest))
@@ -99,9 +98,9 @@ def test_the_same_size_and_time_are_trusted_until_everything_is_asked_for(work):
     Path(ADAPTER).write_bytes((2).to_bytes(8, "little") + b"[]")
     os.utime(ADAPTER, ns=(before.st_atime_ns, before.st_mtime_ns))
     run = Path("runs/base/sft")
-    hashes.check_unchanged(run, None, artifacts.read_manifest(run) or {}, "model.path=x")
+    hashes.check_unchanged(run, None, manifests.read_manifest(run) or {}, "model.path=x")
     with pytest.raises(InputError, match="changed since it was made"):
-        hashes.check_unchanged(run, None, artifacts.read_manifest(run) or {}, "model.path=x", "full")
+        hashes.check_unchanged(run, None, manifests.read_manifest(run) or {}, "model.path=x", "full")
     refused(work, command("sft", "verify=some"), "verify='some'", "auto", "full")
 
 
@@ -164,7 +163,7 @@ def test_a_folder_that_is_gone_is_never_asked_of_a_hub(work, base, age):
     run = Path("runs/base/sft")
     if base != "model":
         shutil.copytree("model", base)
-        artifacts.write_manifest(run, **made(run, base))
+        manifests.write_manifest(run, **made(run, base))
     age(run)
     Path(base).rename("gone")
     for given in ("runs/base/sft", "runs/base/sft/model") if base == "model" else ("runs/base/sft",):
@@ -176,7 +175,7 @@ def test_a_folder_that_is_gone_is_never_asked_of_a_hub(work, base, age):
 
 def test_a_folder_does_not_stand_in_for_a_hub_id(work):
     run = Path("runs/base/sft")
-    artifacts.write_manifest(run, **made(run, "org/name"))
+    manifests.write_manifest(run, **made(run, "org/name"))
     assert resolve_model("runs/base/sft").base == "org/name"
     shutil.copytree("model", "org/name")
     with pytest.raises(InputError, match="its base model org/name came from the hub, and here is a folder"):

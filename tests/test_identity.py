@@ -8,7 +8,7 @@ import pytest
 from tiny import SENTENCES, TEMPLATE
 
 from alignkit.core.errors import InputError
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.stages import token_ids
 
 ROWS = [
@@ -23,7 +23,7 @@ ROWS = [
 
 @pytest.fixture
 def tokenizer(tiny):
-    return encode.load_tokenizer(tiny)
+    return tokens.load_tokenizer(tiny)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_the_same_tokenizer_makes_the_same_ids(written, tokenizer):
 
 def test_what_is_recorded_is_what_the_trainer_is_given(written, tokenizer):
     recorded = json.loads((written / token_ids.FILE).read_text())["texts"]
-    trained, _ = encode.preference_dataset(ROWS, tokenizer, 512)
+    trained, _ = tokens.preference_dataset(ROWS, tokenizer, 512)
     assert [text["ids"] for text in recorded[-len(ROWS) :]] == trained["chosen_ids"]
 
 
@@ -89,11 +89,11 @@ def test_a_reward_model_of_elsewhere_has_no_record(tmp_path, tokenizer):
 def test_prompt_and_response_ids_side_by_side_are_the_ids_of_the_pair(tokenizer, response):
     """The sampler's ids are kept as they are: for text the tokenizer would write so, they are the reward stage's."""
     row = {"prompt": "What did you eat?", "chosen": response, "rejected": "no"}
-    trained = encode.preference_dataset([row], tokenizer, 512)[0]["chosen_ids"][0]
+    trained = tokens.preference_dataset([row], tokenizer, 512)[0]["chosen_ids"][0]
     rollouts = token_ids.as_rollouts([{"prompt": row["prompt"], "response": response}], tokenizer)
     ids, mask, starts = rollouts.flush_left()
     assert ids[0][mask[0]].tolist() == trained and trained[-1] == tokenizer.eos_token_id
-    prompt = encode.encode_prompt(tokenizer, row["prompt"])
+    prompt = tokens.encode_prompt(tokenizer, row["prompt"])
     assert int(starts[0]) == len(prompt) and trained[: len(prompt)] == prompt
     assert token_ids.same_ids(rollouts, tokenizer) == (1, 1)
 

@@ -17,7 +17,7 @@ from alignkit.core.errors import InputError, RunError
 from alignkit.jobs import steps
 from alignkit.launch import scheduler
 from alignkit.launch.scheduler import Job, write_record
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 
 
 def told(status: str, job: Job | None = None, held: bool = False, progress: str = "", **more) -> tuple[str, str]:
@@ -71,7 +71,7 @@ def run(tmp_path) -> Path:
     write_model(tmp_path / "model")
     for stage in ("sft", "reward", "ppo"):
         finished_run(root / stage, stage, tmp_path / "model")
-    manifest.write_manifest(root / "ppo", status="running")
+    manifests.write_manifest(root / "ppo", status="running")
     (root / "ppo" / "logs").mkdir()
     events = [{"note": "x"}, {"what": "PPO", "done": 2, "total": 8, "unit": "step", "numbers": {"score": 0.5}}]
     (root / "ppo" / "logs" / "progress.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -86,7 +86,7 @@ def test_status_of_a_local_run_by_folder_or_by_name(run):
         lines = [line.split() for line in result.out.splitlines()]
         assert [line[:2] for line in lines] == [["sft", "done"], ["reward", "done"], ["ppo", "failed"]]
         assert "its processes are gone; PPO  2/8  score 0.500" in result.out
-    with manifest.lock(run / "ppo"):
+    with manifests.lock(run / "ppo"):
         assert steps.status(run / "ppo") == [steps.Standing("ppo", "running", "", "PPO  2/8  score 0.500")]
     assert steps.status(run / "ppo")[0].status == "failed"  # asking did not hold it
 

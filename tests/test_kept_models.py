@@ -12,7 +12,7 @@ from test_cli import STAGES, command, finished_run, invoke, make_work, refused
 from alignkit.core.errors import RunError
 from alignkit.models.source import resolve_model
 from alignkit.pipeline import sharing
-from alignkit.runs import manifest as artifacts
+from alignkit.runs import manifests
 from alignkit.training import checkpoint
 
 
@@ -24,9 +24,9 @@ def keep(run_dir: Path, step: int, model: bool = True) -> Path:
     if model:
         shutil.copytree(run_dir / "model", partial / "model")
         (partial / "model" / "adapter_model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
-        manifest = artifacts.read_manifest(run_dir) or {}
+        manifest = manifests.read_manifest(run_dir) or {}
         facts = {key: manifest[key] for key in ("base_model", "adapter", "tokenizer_hash")}
-        artifacts.describe_checkpoint(partial, run_dir, manifest["stage"], step, facts)
+        manifests.describe_checkpoint(partial, run_dir, manifest["stage"], step, facts)
     checkpoint.publish(partial, final, {"step": step}, 9, None)
     return final.relative_to(run_dir.parents[2])
 
@@ -38,7 +38,7 @@ def work(tmp_path, monkeypatch) -> Path:
     for stage in ("sft", "reward", "ppo"):
         for step in (2, 4):
             keep(folder / "runs" / "base" / stage, step)
-    artifacts.write_manifest(folder / "runs/base/ppo", status="running")
+    manifests.write_manifest(folder / "runs/base/ppo", status="running")
     monkeypatch.chdir(folder)
     return folder
 
@@ -62,7 +62,7 @@ def test_it_is_what_the_run_says_it_is(work):
         Path(path) / "model",
         f"{path}/model",
     )
-    found = artifacts.read_manifest(Path(path)) or {}
+    found = manifests.read_manifest(Path(path)) or {}
     assert (found["stage"], found["step"], found["status"], found["tokenizer_hash"]) == ("ppo", 2, "done", "t0")
 
 
@@ -78,7 +78,7 @@ def test_what_another_step_gives_is_another_input_and_is_shared_by_none(work):
 
     paths = [f"runs/base/sft/checkpoints/step_00000{step}" for step in (2, 4)]
     assert len({address("sample", f"model.path={path}") for path in [*paths, "runs/base/sft"]}) == 3
-    kept = artifacts.read_manifest(Path(paths[0])) or {}
+    kept = manifests.read_manifest(Path(paths[0])) or {}
     assert "address" not in kept and not [run for run in sharing._stages(Path("runs")) if "checkpoints" in run.parts]
 
 

@@ -14,7 +14,7 @@ import pytest
 from alignkit.core.errors import InputError
 from alignkit.jobs import steps
 from alignkit.runs import lock
-from alignkit.runs.manifest import write_manifest
+from alignkit.runs.manifests import write_manifest
 
 HOLD = "import sys, pathlib, time; from alignkit.runs import lock; kept = lock.hold(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 

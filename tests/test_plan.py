@@ -14,7 +14,7 @@ from test_cli import BESIDE, MANDATORY, command, invoke, make_work, snapshot, wr
 from test_house import seconds, typed
 
 from alignkit.core.errors import InputError
-from alignkit.data import encode as tokens
+from alignkit.data import tokens
 from alignkit.plan import compute, counts, fit, memory
 from alignkit.plan import text as plan
 from alignkit.plan.shape import FAMILIES, Shape

@@ -24,7 +24,7 @@ from alignkit.report.card import (
     report_card,
     wilson,
 )
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 
 # Newcombe 1998 (Statistics in Medicine 17), table I, method 3: hits, count, interval.
 NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
@@ -251,7 +251,7 @@ def work(tmp_path):
 
 
 def reward_run(work, **metrics) -> None:
-    manifest.write_manifest(work / "runs/base/reward", metrics=metrics)
+    manifests.write_manifest(work / "runs/base/reward", metrics=metrics)
 
 
 def test_ppo_refuses_a_reward_model_that_is_surely_worse_than_a_coin(work):

@@ -20,7 +20,7 @@ from alignkit.finetune.lora import LoRA
 from alignkit.models import loading
 from alignkit.models.config import Model
 from alignkit.models.source import resolve_model
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 
 PAD = 1
 
@@ -232,7 +232,7 @@ def test_an_adapter_on_a_run_of_ours_is_one_on_its_model(bases, tmp_path):
     (run / "model").mkdir(parents=True)
     for file in bases["llama"].iterdir():
         (run / "model" / file.name).write_bytes(file.read_bytes())
-    manifest.write_manifest(run, stage="sft", status="done", adapter=False)
+    manifests.write_manifest(run, stage="sft", status="done", adapter=False)
     hf = classifier(run / "model", tmp_path / "reward", PLAIN)
     change(tmp_path / "reward", config={"base_model_name_or_path": str(run)})
     source = resolve_model(str(tmp_path / "reward"))
@@ -241,7 +241,7 @@ def test_an_adapter_on_a_run_of_ours_is_one_on_its_model(bases, tmp_path):
     torch.testing.assert_close(
         scores(loading.load_reward(source, Model(), VOCAB), ids, mask), theirs(hf, ids, mask), atol=1e-5, rtol=0
     )
-    manifest.write_manifest(run, adapter=True, base_model={"path": str(bases["llama"])})
+    manifests.write_manifest(run, adapter=True, base_model={"path": str(bases["llama"])})
     with pytest.raises(InputError, match=r"stands on another adapter.*merge"):
         resolve_model(str(tmp_path / "reward"))
 

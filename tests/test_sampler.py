@@ -22,7 +22,7 @@ from alignkit.algorithms import functional as F
 from alignkit.algorithms.ppo import PPO
 from alignkit.core.errors import InputError
 from alignkit.core.types import ModelSource
-from alignkit.data.encode import collate_prompts
+from alignkit.data.tokens import collate_prompts
 from alignkit.models.loading import make_roles
 from alignkit.rollout.base import Context, stored_policy, stored_rank
 from alignkit.rollout.hf import HF

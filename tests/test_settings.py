@@ -11,7 +11,7 @@ from test_sweeps import typed
 from alignkit.config import settings
 from alignkit.core.errors import InputError
 from alignkit.pipeline import stage as pipeline
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def begun(stage: str, *words: str, status: str = "failed", checkpoint: bool = Tr
     """A run of a stage called "new" that has begun, and left a checkpoint."""
     cfg = typed(stage, *words)
     origin = pipeline.origin_of(cfg, pipeline.check_inputs(cfg, {}))
-    with manifest.lock(cfg.run_dir):
+    with manifests.lock(cfg.run_dir):
         pipeline.open_run(cfg, "running", origin)
-    manifest.write_manifest(cfg.run_dir, status=status, metrics={})
+    manifests.write_manifest(cfg.run_dir, status=status, metrics={})
     if checkpoint:
         (cfg.run_dir / "checkpoints" / "step_000002").mkdir(parents=True)
 
@@ -86,7 +86,7 @@ def test_contents_that_changed_are_named_as_contents(work, name, change, told):
     if change == "rows":
         write_rows(work / "answers.jsonl", {"prompt": "other", "completion": "x"}, {"prompt": "y", "completion": "x"})
     elif change == "model":
-        manifest.write_manifest(work / "runs/base/sft", started="later")
+        manifests.write_manifest(work / "runs/base/sft", started="later")
     else:
         (work / "my_reward.py").write_text(
             "def score(prompts, responses, meta):\n    return [1.0 for _ in responses]\n"
@@ -108,7 +108,7 @@ def test_a_config_of_another_version_is_compared_as_data(work):
     begun("sft")
     file = work / "runs/new/sft/config.yaml"
     file.write_text(file.read_text().replace("max_length: 512\n", "gone_by_now: 3\n"))
-    manifest.write_manifest(work / "runs/new/sft", address="of another version")
+    manifests.write_manifest(work / "runs/new/sft", address="of another version")
     message = refused(work, command("sft", "resume=true"), "max_length was not there, is 512")
     assert "gone_by_now was 3, is not there" in message
 

@@ -11,7 +11,7 @@ import torch
 from command import alignkit
 
 from alignkit.algorithms import functional as F
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.models import loading
 from alignkit.models.config import Model
 from alignkit.models.source import resolve_model
@@ -42,9 +42,9 @@ def test_38_trl_trains_on_the_completion_and_its_eos_only(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = encode.load_tokenizer(str(tiny))
+    tokenizer = tokens.load_tokenizer(str(tiny))
     rows = [{"prompt": "hello", "completion": "a good day"}, {"prompt": "yes or no", "completion": "no"}]
-    dataset, _ = encode.sft_dataset(rows, tokenizer, 64)
+    dataset, _ = tokens.sft_dataset(rows, tokenizer, 64)
     args = SFTConfig(str(tmp_path), completion_only_loss=True, max_length=None, use_cpu=True, report_to=[])
     model = AutoModelForCausalLM.from_pretrained(tiny)
     trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
@@ -97,10 +97,10 @@ def test_26_the_end_is_learned(tiny, tmp_path):
 def finished(path: str) -> float:
     """The share of 64 sampled answers that end within 12 tokens."""
     source = resolve_model(path)
-    tokenizer = encode.load_tokenizer(source.tokenizer)
+    tokenizer = tokens.load_tokenizer(source.tokenizer)
     roles = loading.single_role(loading.load_policy(source, Model(path=path), len(tokenizer))).eval()
-    rows = [{"ids": encode.encode_prompt(tokenizer, f"Say yes {i}"), "index": i, "meta": {}} for i in range(64)]
+    rows = [{"ids": tokens.encode_prompt(tokenizer, f"Say yes {i}"), "index": i, "meta": {}} for i in range(64)]
     context = Context(source.base, "float32", 0, 64, tokenizer.eos_token_id, tokenizer.pad_token_id, 64, roles=roles)
     sampler = HF(max_new_tokens=12).start(context)
-    rollouts = sampler.generate(encode.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, 0)
+    rollouts = sampler.generate(tokens.collate_prompts(rows, tokenizer.pad_token_id), 1, 0, 0)
     return float(rollouts.finished.float().mean())

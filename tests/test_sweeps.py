@@ -25,7 +25,7 @@ from alignkit.models.source import resolve_model
 from alignkit.pipeline import lineage, sharing, sweep
 from alignkit.pipeline import stage as pipeline
 from alignkit.report import compare
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 from alignkit.runs.hashes import manifest_hash
 
 
@@ -80,7 +80,7 @@ def test_inputs_count_by_what_they_hold_not_by_where_they_lie(work):
 @pytest.mark.parametrize("parent", ["sft", "reward"])
 def test_a_parent_made_anew_makes_a_new_address(work, parent):
     before = address_of("ppo")
-    manifest.write_manifest(Path("runs/base") / parent, started="later")
+    manifests.write_manifest(Path("runs/base") / parent, started="later")
     assert address_of("ppo") != before
 
 
@@ -96,14 +96,14 @@ def test_a_large_weight_file_is_known_by_its_places(tmp_path):
     weights = bytearray(os.urandom(2**20) * 40)
     file = tmp_path / "model.safetensors"
     file.write_bytes(weights)
-    before = manifest.model_hash(tmp_path)
+    before = manifests.model_hash(tmp_path)
     for at in (0, 20 * 2**20, len(weights) - 2**20):  # the first, a middle and the last fortieth
         changed = bytearray(weights)
         changed[at : at + 2**20] = bytes(2**20)
         file.write_bytes(changed)
-        assert manifest.model_hash(tmp_path) != before
+        assert manifests.model_hash(tmp_path) != before
     file.write_bytes(weights)
-    assert manifest.model_hash(tmp_path) == before
+    assert manifests.model_hash(tmp_path) == before
 
 
 def test_the_source_of_a_reward_function_is_in_the_address(work):
@@ -118,7 +118,7 @@ def test_the_source_of_a_reward_function_is_in_the_address(work):
 
 def finish(run_dir: Path, wanted: str, **changes) -> None:
     facts = {"stage": "sft", "status": "done", "address": wanted, "metrics": {"eval_loss": 1.5}, "model_hash": None}
-    manifest.write_manifest(run_dir, **facts | changes)
+    manifests.write_manifest(run_dir, **facts | changes)
 
 
 def test_only_a_done_whole_stage_of_that_address_is_found(tmp_path):
@@ -273,7 +273,7 @@ def pipeline_run(root: Path, kl_coef: float, seed: int = 0) -> None:
         names = [f"run_name={root.name}", f"runs_dir={root.parent}", f"seed={seed}"]
         stages.save(typed(stage, *names, *more), made / "config.yaml")
         metrics = {"eval_accuracy": 0.75, "eval_pairs": 40} if stage == "reward" else {}
-        manifest.write_manifest(made, stage=stage, status="done", metrics=metrics, seconds=10.0)
+        manifests.write_manifest(made, stage=stage, status="done", metrics=metrics, seconds=10.0)
     rows = [{"step": step, "objective/score": step * kl_coef, "objective/kl": step / 2} for step in range(3)]
     (root / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -324,7 +324,7 @@ def aligned(work) -> Path:
         cfg = typed(stage, "run_name=mine", *more)
         shutil.copytree(f"runs/base/{stage}", f"runs/mine/{stage}")
         stages.save(cfg, cfg.run_dir / "config.yaml")
-        manifest.write_manifest(
+        manifests.write_manifest(
             cfg.run_dir, contents=contents(cfg), config_hash=stages.config_hash(cfg), seed=3,
             git_commit="c" * 40, versions={"torch": "9.9"}, started="2026-01-01",
         )  # fmt: skip
@@ -350,7 +350,7 @@ def test_lineage_is_the_same_from_anywhere(aligned, tmp_path):
 
 def test_a_changed_parent_is_noticed(aligned):
     before = manifest_hash(Path("runs/mine/reward"))
-    manifest.write_manifest(Path("runs/mine/reward"), started="2027-01-01")
+    manifests.write_manifest(Path("runs/mine/reward"), started="2027-01-01")
     after = manifest_hash(Path("runs/mine/reward"))
     result = invoke("lineage", "runs/mine/ppo", cwd=aligned)
     assert result.code == 1
@@ -384,7 +384,7 @@ def test_resume_says_what_becomes_of_each_stage(work, tmp_path):
     cfg = typed("pipeline", "run_name=mine")
     for stage, status in {"sft": "done", "sample": "failed", "reward": "running"}.items():
         (work / "runs/mine" / stage).mkdir(parents=True)
-        manifest.write_manifest(work / "runs/mine" / stage, stage=stage, status=status, error="out of memory")
+        manifests.write_manifest(work / "runs/mine" / stage, stage=stage, status=status, error="out of memory")
     for name in ("step_000010", "step_000020", "step_000030.partial"):
         (work / "runs/mine/reward/checkpoints" / name).mkdir(parents=True)
     stages.save(cfg, work / "runs/mine/pipeline.yaml")
@@ -422,7 +422,7 @@ def test_resume_refuses_what_it_cannot_go_on_with(work, arguments, words):
 def test_a_run_that_was_moved_is_not_resumed_elsewhere(work):
     cfg = typed("sft", "run_name=mine")
     (work / "runs/mine/sft").mkdir(parents=True)
-    manifest.write_manifest(cfg.run_dir, stage="sft", status="failed")
+    manifests.write_manifest(cfg.run_dir, stage="sft", status="failed")
     stages.save(cfg, cfg.run_dir / "config.yaml")
     (work / "runs/mine").rename(work / "runs/renamed")
     result = invoke("resume", "runs/renamed/sft", cwd=work)
@@ -476,35 +476,35 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_keeps_both(work):
     cfg.run_dir.mkdir(parents=True)
     for number, versions in enumerate(({"torch": "1.0.0"}, {"torch": "2.0.0"})):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(manifest, "versions", lambda found=versions: found)
+            patch.setattr(manifests, "versions", lambda found=versions: found)
             pipeline.open_run(cfg, "running", {"address": "a", "inputs": {}, "contents": {}})
         if not number:
             (cfg.run_dir / "checkpoints/step_000002").mkdir(parents=True)
-            manifest.write_manifest(cfg.run_dir, status="saved")
+            manifests.write_manifest(cfg.run_dir, status="saved")
             assert "torch 1.0.0, here" in resume.standing(cfg.run_dir)
-    held = manifest.read_manifest(cfg.run_dir)
+    held = manifests.read_manifest(cfg.run_dir)
     assert held is not None and [attempt["versions"]["torch"] for attempt in held["attempts"]] == ["1.0.0", "2.0.0"]
 
 
 def test_a_full_disk_still_takes_the_word_that_a_run_failed(tmp_path, monkeypatch):
-    manifest.write_manifest(tmp_path, stage="sft", status="running")
-    room = tmp_path / manifest.SPARE
+    manifests.write_manifest(tmp_path, stage="sft", status="running")
+    room = tmp_path / manifests.SPARE
     assert room.stat().st_size >= 2**14
-    write = manifest.write_atomic
+    write = manifests.write_atomic
 
     def full(path, text):
         if room.exists():
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, text)
 
-    monkeypatch.setattr(manifest, "write_atomic", full)
+    monkeypatch.setattr(manifests, "write_atomic", full)
     with pytest.raises(RunError, match="the reason"):
         pipeline.conclude(tmp_path, {"error": "the reason", "kind": "run"}, tmp_path / "log")
-    held = manifest.read_manifest(tmp_path)
+    held = manifests.read_manifest(tmp_path)
     assert held is not None and held["status"] == "failed" and not room.exists()
-    manifest.write_manifest(tmp_path, status="running")
+    manifests.write_manifest(tmp_path, status="running")
     room.unlink()
-    monkeypatch.setattr(manifest, "write_atomic", lambda *_: full(room.touch() or room, ""))
+    monkeypatch.setattr(manifests, "write_atomic", lambda *_: full(room.touch() or room, ""))
     with pytest.raises(RunError, match=r"still says running.*No space left"):
         pipeline.conclude(tmp_path, None, tmp_path / "log")
 

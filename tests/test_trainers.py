@@ -17,7 +17,7 @@ from tiny import WORDS, tiny_model
 from torch.nn.functional import logsigmoid
 from trainers import CENTER, CUTS, EPOCHS, RATE
 
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.stages import measure, trl
 from alignkit.training.engine import World
 
@@ -88,8 +88,8 @@ def test_nor_does_the_zero_stage(given, tmp_path):
 
 def plain_sft(given, hf):
     """(loss over all rows, its tokens) by log-softmax, a row at a time; with gradient."""
-    tokenizer = encode.load_tokenizer(str(given[0]))
-    dataset, _ = encode.sft_dataset(given[3], tokenizer, 512)
+    tokenizer = tokens.load_tokenizer(str(given[0]))
+    dataset, _ = tokens.sft_dataset(given[3], tokenizer, 512)
     total, count = 0.0, 0
     for row in dataset:
         ids = torch.tensor([row["input_ids"]])
@@ -101,8 +101,8 @@ def plain_sft(given, hf):
 
 
 def plain_reward(given, hf):
-    tokenizer = encode.load_tokenizer(str(given[0]))
-    dataset, _ = encode.preference_dataset(given[4], tokenizer, 512)
+    tokenizer = tokens.load_tokenizer(str(given[0]))
+    dataset, _ = tokens.preference_dataset(given[4], tokenizer, 512)
 
     def scores(side):
         return torch.stack([hf(input_ids=torch.tensor([row[side]])).logits[0, 0] for row in dataset])

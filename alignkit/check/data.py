@@ -25,10 +25,10 @@ from alignkit.config.stages import STAGES
 from alignkit.core import terminal
 from alignkit.core.errors import InputError
 from alignkit.data import sources
+from alignkit.data.chat import date_to_tell
 from alignkit.data.dataset import Data, Kind
-from alignkit.data.encode import of_model
 from alignkit.data.files import first_line
-from alignkit.data.template import date_to_tell
+from alignkit.data.tokens import of_model
 from alignkit.models.source import resolve_model
 from alignkit.tracking.console import counting
 

@@ -14,7 +14,7 @@ from typing import Any
 from alignkit.core.errors import InputError
 from alignkit.core.io import read_json
 from alignkit.core.types import ModelSource
-from alignkit.data.template import load_tokenizer, template_of
+from alignkit.data.chat import load_tokenizer, template_of
 from alignkit.models import adapters, score_heads, weights
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # {name: (dtype, shape)}

@@ -13,7 +13,7 @@ from typing import Any
 from alignkit.core.errors import InputError
 from alignkit.core.io import read_json
 from alignkit.core.types import Message, ModelSource
-from alignkit.data.template import load_tokenizer, template_of
+from alignkit.data.chat import load_tokenizer, template_of
 
 # Where tokenisers differ: spaces at the ends, blank lines, letters beyond ASCII, digits, what looks like markup.
 TEXTS = (

@@ -10,9 +10,9 @@ import numpy as np
 
 from alignkit.check.lints import Findings, answers, prompt_texts
 from alignkit.core.errors import InputError
-from alignkit.data import encode, ends
+from alignkit.data import ends, tokens
+from alignkit.data.chat import messages_of
 from alignkit.data.rows import Kind
-from alignkit.data.template import messages_of
 
 Row = dict[str, Any]
 
@@ -31,10 +31,10 @@ class TokenLints:
 
     def check(self, rows: list[tuple[str, Row]], findings: Findings) -> None:
         """Findings of "template", "special_token", "unknown_token" and "too_long"."""
-        kept, texts, template = [], [], encode.template_of(self.tokenizer)
+        kept, texts, template = [], [], tokens.template_of(self.tokenizer)
         for where, row in rows:
             try:
-                text, special = encode.prompt_text(self.tokenizer, row["prompt"])
+                text, special = tokens.prompt_text(self.tokenizer, row["prompt"])
             except InputError as error:
                 findings.add("template", where, str(error))
                 continue
@@ -46,11 +46,11 @@ class TokenLints:
             return
         totals, unknown = np.zeros(len(kept), np.int64), np.zeros(len(kept), bool)
         encoded = self.tokenizer(texts, add_special_tokens=special).input_ids
-        prompts = self._count("prompt", [encode.prompt_ids(self.tokenizer, ids) for ids in encoded], unknown)
+        prompts = self._count("prompt", [tokens.prompt_ids(self.tokenizer, ids) for ids in encoded], unknown)
         if self.key == "max_length":
             for name, _ in answers(kept[0][1]):
                 given = self.tokenizer([row[name] for _, row in kept], add_special_tokens=False).input_ids
-                ids = [encode.response_ids(self.tokenizer, part) for part in given]
+                ids = [tokens.response_ids(self.tokenizer, part) for part in given]
                 totals = np.maximum(totals, self._count(name, ids, unknown))
         for (where, row), length, odd in zip(kept, prompts + totals, unknown, strict=True):
             if length > self.max_length:
@@ -84,7 +84,7 @@ def template_notes(tokenizer: Any) -> list[str]:
     Training puts an answer and one eos after the rendered prompt. Where the template itself would render the answer
     differently, other programs that use the template show the model texts it was not trained on.
     """
-    template, bos = encode.template_of(tokenizer), tokenizer.bos_token
+    template, bos = tokens.template_of(tokenizer), tokenizer.bos_token
     if template is None:
         return [
             "the tokenizer has no chat template: prompts are plain text, and messages are refused",

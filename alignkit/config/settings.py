@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from alignkit.runs import manifest as artifacts
+from alignkit.runs import manifests
 
 # What a stage may be started with anew and still go on: names of folders, and how it is shown, launched and saved.
 FREE = (
@@ -70,7 +70,7 @@ def difference(cfg: Any, manifest: dict[str, Any], origin: dict[str, Any], prefi
     new: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(cfg), throw_on_missing=False)
     same = tuple(key for key in contents if before.get(key) == contents[key])
     try:
-        settings = differing(artifacts.plain_config(run_dir), new, same)
+        settings = differing(manifests.plain_config(run_dir), new, same)
     except (OSError, ValueError):
         return "config", [f"{run_dir / 'config.yaml'} cannot be read, so what differs is not known"]
     lines = [f"{prefix}{key} was {old}, is {now}" for key, old, now in settings]

@@ -13,8 +13,8 @@ from typing import Any
 from alignkit.core.errors import InputError
 from alignkit.core.io import read_json
 from alignkit.core.types import Message
+from alignkit.data.chat import Template, load_tokenizer, special_tokens, template_of
 from alignkit.data.files import short_repr
-from alignkit.data.template import Template, load_tokenizer, special_tokens, template_of
 
 # Tokens that models keep for padding or for nothing, best first.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "[PAD]", "<pad>", "<|fim_pad|>", "<|endoftext|>", "<unk>")

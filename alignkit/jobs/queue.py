@@ -16,7 +16,7 @@ from alignkit.core.errors import InputError
 from alignkit.launch import scheduler
 from alignkit.pipeline import sharing
 from alignkit.pipeline import stage as pipeline
-from alignkit.runs import manifest as artifacts
+from alignkit.runs import manifests
 
 
 def run_command(cfg: Any, queue: Queue) -> float | None:
@@ -91,7 +91,7 @@ class Queue:
             if not (tasks or links):
                 return
             if not cfg.dry_run:
-                held.enter_context(artifacts.lock(root))
+                held.enter_context(manifests.lock(root))
             self.held.enter_context(held.pop_all())
         self.runs[root] = cfg
         self.tasks += tasks
@@ -321,5 +321,5 @@ def in_the_making(stage: Any) -> dict[str, str]:
     found = {}
     for path in (*stage.inputs().values(), str(Path(stage.data.path).parent)):
         if path and scheduler.read_record(Path(path)) in stage.launcher.after:
-            found[path] = (artifacts.read_manifest(Path(path)) or {})["stage"]
+            found[path] = (manifests.read_manifest(Path(path)) or {})["stage"]
     return found

@@ -19,7 +19,7 @@ from alignkit.core.errors import InputError
 from alignkit.jobs import queue as submit
 from alignkit.pipeline import sharing
 from alignkit.pipeline import stage as pipeline
-from alignkit.runs import manifest as artifacts
+from alignkit.runs import manifests
 
 CHECKPOINT = re.compile(r"(?:step_|checkpoint-)(\d+)")  # of PPO, and TRL's
 
@@ -47,8 +47,8 @@ def saved_config(run: Path) -> Any:
     Raises:
         InputError: no run there, or it was moved.
     """
-    artifacts.refuse_checkpoint(run, "resume")
-    manifest = artifacts.read_manifest(run)
+    manifests.refuse_checkpoint(run, "resume")
+    manifest = manifests.read_manifest(run)
     file, command = (
         (run / "config.yaml", manifest["stage"]) if manifest is not None else (run / "pipeline.yaml", "pipeline")
     )
@@ -59,7 +59,7 @@ def saved_config(run: Path) -> Any:
         )
         raise InputError(f"{run}: no {file.name}; {hint}")
     cfg = config.load(file, command)
-    place = artifacts.started_in(run, pipeline.folder(cfg))
+    place = manifests.started_in(run, pipeline.folder(cfg))
     if place is None:
         raise InputError(
             f"{run}: its {file.name} has runs_dir={cfg.runs_dir} run_name={cfg.run_name}, which is {pipeline.folder(cfg)}: "
@@ -72,7 +72,7 @@ def saved_config(run: Path) -> Any:
 
 def standing(run_dir: Path) -> str:
     """What becomes of a stage when its run is resumed, in a few words."""
-    manifest = artifacts.read_manifest(run_dir)
+    manifest = manifests.read_manifest(run_dir)
     if manifest is None or manifest["status"] == "queued":
         return "not started: begins"
     if manifest["status"] == "done":

@@ -20,8 +20,7 @@ from alignkit.core import terminal
 from alignkit.core.errors import InputError, RunError
 from alignkit.core.io import read_jsonl
 from alignkit.launch import scheduler, slurm
-from alignkit.runs import lock
-from alignkit.runs import manifest as artifacts
+from alignkit.runs import lock, manifests
 from alignkit.tracking.run_log import PROGRESS
 
 SAVED = 75  # exit code: saved, to be started again
@@ -82,7 +81,7 @@ def status(run: Path) -> list[Standing]:
     known = scheduler.jobs(job for job in records.values() if job)
     found = []
     for folder in folders:
-        manifest = artifacts.read_manifest(folder) or {}
+        manifest = manifests.read_manifest(folder) or {}
         found.append(standing(manifest, known.get(records[folder] or ""), lock.is_held(folder), last_progress(folder)))
     return found
 
@@ -93,11 +92,11 @@ def stage_folders(run: Path) -> list[Path]:
     Raises:
         InputError: there is no such run.
     """
-    artifacts.refuse_checkpoint(run, "status")
+    manifests.refuse_checkpoint(run, "status")
     for folder in (run, Path("runs") / run):
         found = [folder] if (folder / "manifest.json").is_file() else [p.parent for p in folder.glob("*/manifest.json")]
         if found:
-            return sorted(found, key=lambda folder: _order((artifacts.read_manifest(folder) or {}).get("stage", "")))
+            return sorted(found, key=lambda folder: _order((manifests.read_manifest(folder) or {}).get("stage", "")))
     raise InputError(
         f"{run}: no run there; expected a run's folder as runs/<name>, or a stage's as runs/<name>/<stage>"
     )
@@ -197,7 +196,7 @@ def job_step(step: str, run_dir: Path) -> int:
     from alignkit.config import stages
     from alignkit.pipeline import stage as pipeline
 
-    manifest = artifacts.read_manifest(run_dir)
+    manifest = manifests.read_manifest(run_dir)
     if step not in ("begin", "end") or manifest is None:
         raise InputError(
             f"alignkit job {step} {run_dir}: expected begin or end, and the folder of a stage that was queued"
@@ -216,9 +215,9 @@ def job_step(step: str, run_dir: Path) -> int:
         origin = pipeline.origin_of(cfg, pipeline.check_inputs(cfg, {}))
         check_contents(cfg, manifest.get("checked", {}), origin["contents"], "the command that queued it")
     except InputError as error:
-        artifacts.write_manifest(run_dir, status="failed", error=str(error))
+        manifests.write_manifest(run_dir, status="failed", error=str(error))
         raise
-    with artifacts.lock(run_dir):
+    with manifests.lock(run_dir):
         queued = {key: manifest[key] for key in ("plan", "checked") if key in manifest}  # an attempt set aside had them
         pipeline.open_run(cfg, "running", origin | queued, keep=KEPT)
     return 0

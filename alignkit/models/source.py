@@ -13,7 +13,7 @@ from alignkit.core.errors import InputError
 from alignkit.core.io import read_json
 from alignkit.core.types import ModelSource
 from alignkit.runs.hashes import model_hash, now, started_in
-from alignkit.runs.manifest import DIGESTS, is_checkpoint, read_manifest
+from alignkit.runs.manifests import DIGESTS, is_checkpoint, read_manifest
 
 
 def resolve_model(path: str, key: str = "model.path", weights: bool = True) -> ModelSource:

@@ -44,7 +44,7 @@ def _models(cfg: Any, later: dict[str, str], weights: bool) -> dict[str, Any]:
     from alignkit.core.errors import InputError
     from alignkit.core.io import read_json
     from alignkit.models.source import resolve_model
-    from alignkit.runs import hashes, manifest
+    from alignkit.runs import hashes, manifests
 
     sources: dict[str, Any] = {}
     for role, path in cfg.inputs().items():
@@ -53,7 +53,7 @@ def _models(cfg: Any, later: dict[str, str], weights: bool) -> dict[str, Any]:
         key = f"{role}.path" if role.startswith("rewards.") or "." not in role else role
         given, scores = f"{key}={path}", role.startswith("rewards.")
         source = sources[role] = resolve_model(path, key, weights)
-        made = (manifest.read_manifest(source.run) or {}) if source.run is not None else {}
+        made = (manifests.read_manifest(source.run) or {}) if source.run is not None else {}
         if scores and made.get("stage") not in (None, "reward"):
             raise InputError(
                 f"{given}: a run of {made['stage']}, which has no score; expected one of reward, as runs/<name>/reward"
@@ -97,7 +97,7 @@ def _rewards(cfg: Any, sources: dict[str, Any], weights: bool) -> list[str]:
 def _rows(cfg: Any, later: dict[str, str], speaks: Any) -> list[str]:
     """Every set that exists: its rows, as the model's template and the reward functions take them. What there is to say."""
     from alignkit.check import lints
-    from alignkit.data.template import check_fits, template_of
+    from alignkit.data.chat import check_fits, template_of
 
     functions = [(name, r, r.adapted()[1]) for name, r in getattr(cfg, "rewards", {}).items() if hasattr(r, "adapted")]
     said: list[str] = []
@@ -121,13 +121,13 @@ def _rows(cfg: Any, later: dict[str, str], speaks: Any) -> list[str]:
 def _template(cfg: Any, speaks: Any, sources: dict[str, Any]) -> list[str]:
     """Set `model.template_date` where a template asks for one; what there is to say of the model's template and ends."""
     from alignkit.data import ends
-    from alignkit.data.template import date_to_tell
-    from alignkit.runs import manifest
+    from alignkit.data.chat import date_to_tell
+    from alignkit.runs import manifests
 
     if speaks is None or not Path(speaks.tokenizer).is_dir():
         return []
     folders = [Path(source.tokenizer) for source in (speaks, *sources.values()) if Path(source.tokenizer).is_dir()]
-    kept = manifest.plain_config(cfg.run_dir) if (cfg.run_dir / "config.yaml").is_file() else {}
+    kept = manifests.plain_config(cfg.run_dir) if (cfg.run_dir / "config.yaml").is_file() else {}
     model = cfg.model
     before = kept.get("model", {}).get("template_date")
     model.template_date = date_to_tell(folders, model.chat_template, model.template_date, before)
@@ -143,7 +143,7 @@ def _changes(stage: str, data: Any, rows: Any, template: Any) -> list[str]:
         InputError: something, and the set is strict; or the template refuses a row.
     """
     from alignkit.core.errors import InputError
-    from alignkit.data.template import changes
+    from alignkit.data.chat import changes
 
     found = changes(template, rows) if template is not None and data.lint != "off" else []
     if not found:

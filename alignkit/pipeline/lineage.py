@@ -20,7 +20,7 @@ from alignkit.config import stages as config
 from alignkit.core import foreign
 from alignkit.core.errors import InputError
 from alignkit.models.source import find_base
-from alignkit.runs import manifest as artifacts
+from alignkit.runs import manifests
 from alignkit.runs.hashes import manifest_hash, model_hash
 
 Node = dict[str, Any]  # one stage: see `trace`
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str]) -> None:
     run = last_stage(Path(words[0]))
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: no config.yaml beside its manifest: it was not made by alignkit, or only half copied")
-    raw = artifacts.plain_config(run)
+    raw = manifests.plain_config(run)
     below = Path(raw["runs_dir"], raw["run_name"], run.resolve().name)
-    place = artifacts.started_in(run, below)
+    place = manifests.started_in(run, below)
     with contextlib.chdir(place or Path.cwd()):
         node = trace(below if place else run)
     changes = changed(node)
@@ -54,7 +54,7 @@ def last_stage(run: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    artifacts.refuse_checkpoint(run, "lineage")
+    manifests.refuse_checkpoint(run, "lineage")
     stages = [run, *(run / stage for stage in reversed(config.STAGES))]
     found = next((folder for folder in stages if (folder / "manifest.json").is_file()), None)
     if found is None:
@@ -69,7 +69,7 @@ def trace(run: Path) -> Node:
      "held": [{"what", "path", "hash", "now", "why", "run": node of the run that made it, or None}]}
     `now` is None where the thing is gone, and `why` says so.
     """
-    manifest = artifacts.read_manifest(run) or {}
+    manifest = manifests.read_manifest(run) or {}
     facts = {
         key: manifest.get(name)
         for key, name in (("stage",) * 2, ("status",) * 2, ("started",) * 2, ("seed",) * 2, ("commit", "git_commit"))
@@ -108,7 +108,7 @@ def _inputs(run: Path, manifest: dict[str, Any]) -> list[Node]:
         return []  # said of the config itself
     found = []
     for key, before in manifest.get("contents", {}).items():
-        path = _select(artifacts.plain_config(run), key)
+        path = _select(manifests.plain_config(run), key)
         entry = _held(key, path, before, read.get(key, _absent))
         maker = Path(path).parent if key.endswith("data.path") else Path(path)
         if (maker / "manifest.json").is_file():

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.core.errors import InputError
-from alignkit.runs import hashes
-from alignkit.runs import manifest as artifacts
+from alignkit.runs import hashes, manifests
 from alignkit.runs.environment import git_commit, versions
 from alignkit.runs.lock import NO_LOCKS
 
@@ -31,7 +30,7 @@ def find(runs_dir: Path, wanted: str, stage: str) -> Path | None:
     """The folder of a finished stage of that address under `runs_dir`, whose files are what its manifest says; else None."""
     for run in _stages(runs_dir):
         with contextlib.suppress(InputError):  # a damaged manifest is another run's trouble
-            manifest = artifacts.read_manifest(run) or {}
+            manifest = manifests.read_manifest(run) or {}
             if (manifest.get("stage"), manifest.get("address"), manifest.get("status")) == (stage, wanted, "done"):
                 if hashes.now(run / "model", hashes.own(manifest)) == manifest.get("model_hash"):
                     return run
@@ -43,7 +42,7 @@ def under_way(runs_dir: Path, plan: str, stage: str) -> Path | None:
     """The folder of a stage of that address that a job was queued for and that is not done, under `runs_dir`."""
     for run in _stages(runs_dir):
         with contextlib.suppress(InputError):
-            manifest = artifacts.read_manifest(run) or {}
+            manifest = manifests.read_manifest(run) or {}
             if (manifest.get("stage"), manifest.get("plan")) == (stage, plan) and manifest.get("status") in UNDER_WAY:
                 return run
     return None
@@ -51,7 +50,7 @@ def under_way(runs_dir: Path, plan: str, stage: str) -> Path | None:
 
 def is_done(run_dir: Path) -> bool:
     """Whether the folder, or the one it links to, holds a finished stage."""
-    return (artifacts.read_manifest(run_dir) or {}).get("status") == "done"
+    return (manifests.read_manifest(run_dir) or {}).get("status") == "done"
 
 
 def link(run_dir: Path, made: Path) -> None:

@@ -32,7 +32,7 @@ def run_stage(cfg: Any, label: str | None = None, prefix: str = "") -> float | N
     from alignkit.launch import scheduler
     from alignkit.pipeline import sharing
     from alignkit.report import doctor
-    from alignkit.runs import manifest as artifacts
+    from alignkit.runs import manifests
 
     run_dir = cfg.run_dir
     if cfg.dry_run:
@@ -49,7 +49,7 @@ def run_stage(cfg: Any, label: str | None = None, prefix: str = "") -> float | N
             held.enter_context(sharing.turn(Path(cfg.runs_dir), origin["address"], cfg.stage, run_dir))
             if made := sharing.find(Path(cfg.runs_dir), origin["address"], cfg.stage):
                 return reuse(run_dir, made)
-        held.enter_context(artifacts.lock(run_dir))
+        held.enter_context(manifests.lock(run_dir))
         (run_dir / scheduler.RECORD).unlink(missing_ok=True)  # of a job that has ended: it is this process now
         if manifest is not None and has_checkpoint(run_dir) and (other := sharing.differences(manifest)):
             print(f"{cfg.stage:<9} goes on with a checkpoint of other versions{other}")
@@ -57,8 +57,8 @@ def run_stage(cfg: Any, label: str | None = None, prefix: str = "") -> float | N
         try:
             error = cfg.launcher.run(cfg.stage, run_dir, label or cfg.stage)
         except KeyboardInterrupt:
-            if (status := (artifacts.read_manifest(run_dir) or {}).get("status")) == "running":
-                artifacts.write_manifest(run_dir, status="failed", error="interrupted")
+            if (status := (manifests.read_manifest(run_dir) or {}).get("status")) == "running":
+                manifests.write_manifest(run_dir, status="failed", error="interrupted")
             if status != "saved":
                 raise
             error = None
@@ -89,12 +89,12 @@ def open_run(cfg: Any, status: str, origin: dict[str, Any], keep: tuple[str, ...
     An attempt that left a checkpoint is gone on with; what one without a checkpoint wrote is put aside, but for `keep`.
     """
     from alignkit.config.stages import config_hash, save
-    from alignkit.runs import manifest as artifacts
+    from alignkit.runs import manifests
     from alignkit.runs.environment import git_commit, versions
     from alignkit.tracking.run_log import PROGRESS
 
     run_dir = cfg.run_dir
-    before = artifacts.read_manifest(run_dir) or {}
+    before = manifests.read_manifest(run_dir) or {}
     if before.get("status", "queued") != "queued" and not has_checkpoint(run_dir):
         _set_aside(run_dir, keep)
         before = {}
@@ -102,7 +102,7 @@ def open_run(cfg: Any, status: str, origin: dict[str, Any], keep: tuple[str, ...
     progress = run_dir / PROGRESS
     made_with = {"git_commit": git_commit(), "versions": versions()}
     made_with["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    artifacts.write_manifest(
+    manifests.write_manifest(
         run_dir,
         stage=cfg.stage,
         status=status,
@@ -133,9 +133,9 @@ def conclude(run_dir: Path, error: dict | None, log: Path) -> dict[str, Any]:
         Saved: it was asked to stop, and did so with a checkpoint.
     """
     from alignkit.core.errors import InputError, RunError, Saved
-    from alignkit.runs import manifest as artifacts
+    from alignkit.runs import manifests
 
-    manifest = artifacts.read_manifest(run_dir) or {}
+    manifest = manifests.read_manifest(run_dir) or {}
     if manifest.get("status") == "saved":
         raise Saved(**manifest["saved"])
     if manifest.get("status") == "done":
@@ -147,7 +147,7 @@ def conclude(run_dir: Path, error: dict | None, log: Path) -> dict[str, Any]:
     if manifest.get("status") == "running":
         said = error["error"] if error else silent
         try:
-            artifacts.write_manifest(run_dir, status="failed", error=said)
+            manifests.write_manifest(run_dir, status="failed", error=said)
         except OSError as why:
             full = f"; its manifest still says running, since it cannot be written: {why.strerror}"
     reason = error["error"] if error else f"{silent}; last line: {_last_line(log)}"
@@ -167,8 +167,7 @@ def previous(cfg: Any, origin: dict[str, Any], prefix: str = "") -> dict[str, An
     from alignkit.config import settings
     from alignkit.core.errors import InputError
     from alignkit.launch import scheduler
-    from alignkit.runs import hashes
-    from alignkit.runs import manifest as artifacts
+    from alignkit.runs import hashes, manifests
 
     run_dir = cfg.run_dir
     fix = "choose another run_name=, or delete that folder"
@@ -176,7 +175,7 @@ def previous(cfg: Any, origin: dict[str, Any], prefix: str = "") -> dict[str, An
         raise InputError(
             f"{run_dir} is a link to {run_dir.readlink()}, which is gone: delete the link and add resume=true"
         )
-    manifest = artifacts.read_manifest(run_dir)
+    manifest = manifests.read_manifest(run_dir)
     if (job := scheduler.working_on(run_dir)) is not None:
         raise InputError(
             f"{run_dir} is in use by Slurm job {job.id} ({job.state}): wait for it, or end it: alignkit cancel {shlex.quote(str(run_dir))}"
@@ -196,10 +195,10 @@ def previous(cfg: Any, origin: dict[str, Any], prefix: str = "") -> dict[str, An
 def reuse(run_dir: Path, made: Path) -> float | None:
     """Link the run folder to a finished stage of the same address, and say so."""
     from alignkit.pipeline import sharing
-    from alignkit.runs import manifest as artifacts
+    from alignkit.runs import manifests
 
     sharing.link(run_dir, made)
-    manifest = artifacts.read_manifest(run_dir) or {}
+    manifest = manifests.read_manifest(run_dir) or {}
     print(f"{manifest['stage']:<9} kept: same config and inputs as {made}{sharing.differences(manifest)}")
     return main_metric(manifest)
 
@@ -217,7 +216,7 @@ def run_pipeline(cfg: Any) -> float | None:
     """Every stage in order in one run folder, then the report."""
     from alignkit.config.stages import save
     from alignkit.report import html, summary
-    from alignkit.runs import manifest as artifacts
+    from alignkit.runs import manifests
 
     root = folder(cfg)
     if cfg.dry_run:
@@ -230,7 +229,7 @@ def run_pipeline(cfg: Any) -> float | None:
         check_inputs(stage, made, tell=False)  # told when each starts
     if not cfg.resume:
         _refuse_existing(root, [stage.run_dir for stage in stages])
-    with artifacts.lock(root):
+    with manifests.lock(root):
         save(cfg, root / "pipeline.yaml")  # for `alignkit resume`
         for number, stage in enumerate(stages, start=1):
             stage.resume = cfg.resume
@@ -282,12 +281,12 @@ def describe(cfg: Any, script: str | None = None) -> str:
 
 def _refuse_existing(root: Path, run_dirs: list[Path]) -> None:
     from alignkit.core.errors import InputError
-    from alignkit.runs import manifest as artifacts
+    from alignkit.runs import manifests
 
     for run_dir in run_dirs:
-        manifest = artifacts.read_manifest(run_dir)
+        manifest = manifests.read_manifest(run_dir)
         if manifest is not None:
-            with artifacts.lock(root):  # says so where another process works in it right now
+            with manifests.lock(root):  # says so where another process works in it right now
                 pass
             raise InputError(
                 f"run_name={root.name}: {run_dir} exists (status {manifest['status']}): choose another run_name=, delete {root}, "

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.core.errors import InputError
-from alignkit.data import encode as tokens
-from alignkit.data import template as chat
+from alignkit.data import chat, tokens
 
 SAMPLE = 5000  # rows that are tokenised at most: under a second
 

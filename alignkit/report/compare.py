@@ -23,7 +23,7 @@ from alignkit.core.errors import InputError, RunError
 from alignkit.core.io import write_atomic
 from alignkit.report.html import draw, escape, figures, page, section
 from alignkit.report.summary import STAGES, RunFolder, between, fixed, number, signed
-from alignkit.runs.manifest import refuse_checkpoint
+from alignkit.runs.manifests import refuse_checkpoint
 from alignkit.tracking.console import clock, short
 
 SAID_ELSEWHERE = ("run_name", "runs_dir", "dry_run", "resume", "reuse", "name")

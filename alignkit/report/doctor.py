@@ -14,7 +14,7 @@ from typing import Any
 from alignkit.core.errors import InputError
 from alignkit.core.io import read_jsonl
 from alignkit.report.doctor_rules import Finding, Run, Series, examine
-from alignkit.runs import manifest as artifacts
+from alignkit.runs import manifests
 from alignkit.tracking.run_log import PROGRESS
 
 # ---------------------------------------------------------------------------------------------- reading a run
@@ -26,13 +26,13 @@ def read(path: Path) -> tuple[Path, Run]:
     Raises:
         InputError: no PPO run there, or none that logged or said anything.
     """
-    artifacts.refuse_checkpoint(path, "doctor")
+    manifests.refuse_checkpoint(path, "doctor")
     folder = path / "ppo" if (path / "ppo").is_dir() else path
     if not (folder / "manifest.json").is_file() and not (folder / "metrics.jsonl").is_file():
         stages = sorted(found.parent.name for found in path.glob("*/manifest.json"))
         there = f"it holds {', '.join(stages)}" if stages else "no run there"
         raise InputError(f"{path}: no PPO run there ({there}); give its folder, as in alignkit doctor runs/<name>/ppo")
-    manifest = artifacts.read_manifest(folder) or {}
+    manifest = manifests.read_manifest(folder) or {}
     if manifest.get("stage", "ppo") != "ppo":
         raise InputError(f"{path}: a run of {manifest['stage']}; the doctor reads runs of ppo")
     said = [str(row["error"]) for row in read_jsonl(folder / PROGRESS) if row.get("error")]
@@ -54,7 +54,7 @@ def series(rows: list[dict]) -> dict[str, Series]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return artifacts.plain_config(folder) if (folder / "config.yaml").is_file() else {}
+    return manifests.plain_config(folder) if (folder / "config.yaml").is_file() else {}
 
 
 def _gold(folder: Path) -> dict[str, Any]:

@@ -56,9 +56,9 @@ def batch_scorer(context: Context, function: Callable[[Batch], list[float]]) -> 
 
 def response_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
     """The valid response tokens of every row as text, without special tokens and without what ended it."""
-    from alignkit.data import encode
+    from alignkit.data import tokens
 
-    ends = encode.stops(tokenizer)
+    ends = tokens.stops(tokenizer)
     kept = [ids[:-1] if ids and ids[-1] in ends else ids for ids in _response_ids(rollouts)]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 

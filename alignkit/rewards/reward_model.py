@@ -59,7 +59,7 @@ class RewardModel:
         roles: list[nn.Module] = []
 
         def score(rollouts: Rollouts) -> Tensor:
-            from alignkit.data import encode  # imports torch
+            from alignkit.data import tokens
             from alignkit.training import batches
 
             if not roles:
@@ -69,7 +69,7 @@ class RewardModel:
                         context.device
                     )
                 )
-                roles[0].ends = encode.stops(context.tokenizer)
+                roles[0].ends = tokens.stops(context.tokenizer)
             ids, mask, starts = (part.to(context.device) for part in rollouts.flush_left())
             slots = rollouts.response_ids.shape[1]
             return batches.map_rows(

@@ -190,7 +190,7 @@ class Context:
         note: Callable[[str], None] = lambda text: None,
     ) -> Context:
         """The context of a stage's config. `adapter_rank`: of what will be synced, where it is; else finetune.rank."""
-        from alignkit.data import encode as tokens
+        from alignkit.data import tokens
 
         return cls(
             base=source.base,

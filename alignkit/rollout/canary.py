@@ -11,7 +11,7 @@ import torch
 
 from alignkit.core.errors import RunError
 from alignkit.core.types import PromptBatch, Rollouts
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.rollout.base import Sampling
 from alignkit.training import batches
 
@@ -37,7 +37,7 @@ class Canary:
     def of(cls, cfg: Any, prompts: list[dict], tokenizer: Any) -> Canary:
         """The stage's first prompts in a row, up to 132 tokens: a block of a CPU engine's prefix cache has 128."""
         ids = [token for prompt in prompts[:64] for token in prompt["ids"]][: min(cfg.max_prompt_length, 132)]
-        batch = encode.collate_prompts([prompts[0] | {"ids": ids, "index": -1}], tokenizer.pad_token_id)
+        batch = tokens.collate_prompts([prompts[0] | {"ids": ids, "index": -1}], tokenizer.pad_token_id)
         return cls(batch, cfg.model.dtype, cfg.rollout.temperature, cfg.seed)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from alignkit.config.stages import Reward
 from alignkit.core.types import Rows
-from alignkit.data import encode as tokens
+from alignkit.data import tokens
 from alignkit.report import card as report_card
 from alignkit.report import card_html
 from alignkit.tracking.run_log import RunLog

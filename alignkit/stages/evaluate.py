@@ -11,7 +11,7 @@ import torch
 from alignkit.config.stages import Evaluate
 from alignkit.core.errors import InputError
 from alignkit.core.io import write_atomic
-from alignkit.data import dataset, encode
+from alignkit.data import dataset, tokens
 from alignkit.models import loading
 from alignkit.models.source import check_tokenizer, describe, resolve_model
 from alignkit.rewards import base as rewards
@@ -27,16 +27,16 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     sources = {name: resolve_model(path, f"policies.{name}") for name, path in cfg.policies.items()}
     reference = cfg.reference or next(iter(sources))
     main_source = sources[reference]
-    tokenizer = encode.of_model(main_source, cfg.model, log.note)
-    check_tokenizer(sources, encode.tokenizer_hash(tokenizer))
+    tokenizer = tokens.of_model(main_source, cfg.model, log.note)
+    check_tokenizer(sources, tokens.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
-    prompts, dropped = encode.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
     if len(prompts) < world.size:
         raise InputError(
             f"{len(prompts)} prompts for {world.size} ranks: lower launcher.num_ranks, or give more prompts"
         )
-    batch = encode.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
+    batch = tokens.collate_prompts(prompts[world.rank :: world.size], tokenizer.pad_token_id)
     score = rewards.start_all(cfg.rewards, rewards.Context(tokenizer, cfg.model, resolve_model, world.device))
     ref = loading.load_policy(main_source, cfg.model, len(tokenizer)).to(world.device)
     ref_roles = loading.single_role(ref)
@@ -97,7 +97,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
     }
     log.log(0, metrics)
     facts = describe(
-        main_source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=None
+        main_source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=None
     )
     return metrics, facts
 

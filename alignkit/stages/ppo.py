@@ -13,13 +13,13 @@ from alignkit.config import stages
 from alignkit.config.stages import PPO
 from alignkit.core.errors import RunError, Saved
 from alignkit.core.types import Experience, Loss, Metrics, Rollouts, ScoredRollouts
-from alignkit.data import dataset, encode
+from alignkit.data import dataset, tokens
 from alignkit.models import loading
 from alignkit.models.source import check_tokenizer, describe, resolve_model
 from alignkit.rewards import base as rewards
 from alignkit.rollout import base as rollout
 from alignkit.rollout import canary as attest
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 from alignkit.stages import token_ids
 from alignkit.stages.ptx import PtxBatches
 from alignkit.tracking.run_log import Clock, RunLog
@@ -38,23 +38,23 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
 
     # 1. Prompts, and the data of PPO-ptx.
     source = resolve_model(cfg.model.path)
-    tokenizer = encode.of_model(source, cfg.model, log.note)
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     rows = cfg.data.rows("prompt")
-    prompts, dropped = encode.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
-    order = encode.PromptSampler(len(prompts), cfg.seed)
+    order = tokens.PromptSampler(len(prompts), cfg.seed)
     ptx = PtxBatches(cfg, tokenizer, log) if cfg.ptx.coef else None
 
     # 2. Policy, reference, critic and reward model; an optimizer for each of the two that train.
     learned = {name: "reward_model" for name, item in cfg.rewards.items() if item.name == "reward_model"}
     reward_source = next((resolve_model(cfg.rewards[name].path, f"rewards.{name}.path") for name in learned), None)
     if reward_source is not None:
-        check_tokenizer({"model": source, "reward_model": reward_source}, encode.tokenizer_hash(tokenizer))
+        check_tokenizer({"model": source, "reward_model": reward_source}, tokens.tokenizer_hash(tokenizer))
         log.note(token_ids.check(reward_source.adapter or Path(reward_source.base), tokenizer))
     with log.progress("loading the models", 0):
         critic = cfg.critic if algorithm.needs_critic else None
         roles = cfg.finetune.roles(cfg.model, source, reward_source, len(tokenizer), critic, cfg.seed)
-        roles.ends = encode.stops(tokenizer)
+        roles.ends = tokens.stops(tokenizer)
         engines = {
             role: Engine(
                 roles, parameters, optimizer, cfg.deepspeed, world,
@@ -67,7 +67,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
 
     facts = describe(
         source,
-        tokenizer_hash=encode.tokenizer_hash(tokenizer),
+        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
         data_hash=dataset.fingerprint(rows),
         adapter=None,
         nf4=cfg.finetune.nf4,
@@ -76,7 +76,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     def write_weights(folder: Path) -> None:
         with gathered(roles.model("policy")):
             if world.rank == 0:
-                encode.name_ends(roles.model("policy"), tokenizer)
+                tokens.name_ends(roles.model("policy"), tokenizer)
                 cfg.finetune.save(roles, folder / "model")
 
     state, shuffle = algorithm.start(), torch.Generator().manual_seed(cfg.seed)
@@ -124,7 +124,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         again = [drawn[:i].count(prompt) for i, prompt in enumerate(drawn)]  # a prompt drawn twice: other answers
         mine = slice(world.rank, None, world.size)
         chosen = [prompts[i] | {"draw": n} for i, n in zip(drawn[mine], again[mine], strict=True)]
-        batch = encode.collate_prompts(chosen, tokenizer.pad_token_id)
+        batch = tokens.collate_prompts(chosen, tokenizer.pad_token_id)
         return sampler.generate(batch, cfg.group_size, cfg.seed, step)
 
     def save(step: int) -> None:  # the one that comes next
@@ -134,10 +134,10 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         def write(folder: Path) -> None:
             write_weights(folder)
             if world.rank == 0:
-                encode.save_tokenizer(tokenizer, folder / "model")
+                tokens.save_tokenizer(tokenizer, folder / "model")
                 adapter = (folder / "model" / "adapter_config.json").is_file()
                 stages.save(cfg, folder / "config.yaml")
-                manifest.describe_checkpoint(folder, cfg.run_dir, cfg.stage, step, facts | {"adapter": adapter})
+                manifests.describe_checkpoint(folder, cfg.run_dir, cfg.stage, step, facts | {"adapter": adapter})
 
         kept = (cfg.keep_last, cfg.keep_best)
         checkpoint.save(cfg.run_dir, progress, {"shuffle": shuffle}, engines, world, *kept, write)
@@ -236,7 +236,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
         write_weights(cfg.run_dir)
     with saving.beside(cfg.run_dir / "model"):
         if world.rank == 0:
-            encode.save_tokenizer(tokenizer, cfg.run_dir / "model")
+            tokens.save_tokenizer(tokenizer, cfg.run_dir / "model")
         sampler.close()
     log.note(clock.describe())
     facts["adapter"] = (cfg.run_dir / "model" / "adapter_config.json").is_file()

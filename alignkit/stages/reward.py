@@ -12,7 +12,7 @@ from trl import RewardConfig, RewardTrainer
 from alignkit.algorithms import functional as F
 from alignkit.config.stages import Reward
 from alignkit.core.errors import RunError
-from alignkit.data import dataset, encode
+from alignkit.data import dataset, tokens
 from alignkit.models import loading
 from alignkit.models.score_heads import save_head, score_head
 from alignkit.models.source import check_tokenizer, describe, resolve_model
@@ -25,14 +25,14 @@ from alignkit.training.engine import World, gathered
 def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Pairs and tokens; the split is by prompt.
     source = resolve_model(cfg.model.path)
-    tokenizer = encode.of_model(source, cfg.model, log.note)
-    check_tokenizer({"model": source}, encode.tokenizer_hash(tokenizer))
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
+    check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
     rows, held_out = trl.split_rows(cfg)
-    train, dropped = encode.preference_dataset(rows, tokenizer, cfg.max_length)
+    train, dropped = tokens.preference_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training pairs: {dropped.describe()}")
     evaluation = None
     if held_out:
-        evaluation, dropped = encode.preference_dataset(held_out, tokenizer, cfg.max_length)
+        evaluation, dropped = tokens.preference_dataset(held_out, tokenizer, cfg.max_length)
         log.note(f"held-out pairs: {dropped.describe()}")
 
     # 2. The base with a scalar head; its adapter starts as the SFT run's, where there is one.
@@ -49,7 +49,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     names = {name: f"reward_model/{name}" for name in ("loss", "accuracy", "learning_rate")}
     reporter = trl.Reporter(log, names, ("reward_model/loss", "reward_model/accuracy"))
     facts = describe(
-        source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows),
+        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows),
         adapter=peft_config is not None, nf4=cfg.finetune.nf4,
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
     # 3. Train, and write what was trained.
     metrics = trl.train(trainer, cfg, world, log) | {"train_pairs": len(train)}
     model_dir = cfg.run_dir / "model"
-    encode.name_ends(hf, tokenizer)
+    tokens.name_ends(hf, tokenizer)
     with saving.weights(model_dir):
         trainer.save_model(str(model_dir))
 
@@ -88,14 +88,14 @@ def main(cfg: Reward, world: World, log: RunLog) -> tuple[dict, dict]:
         mean, std = float(torch.cat([chosen, rejected]).mean()), float(torch.cat([chosen, rejected]).std(correction=0))
         metrics |= {"score_mean": mean, "score_std": std}
         if world.rank == 0:
-            encode.save_tokenizer(tokenizer, model_dir)
+            tokens.save_tokenizer(tokenizer, model_dir)
         complete(trainer.model, model_dir, mean, std, cfg.normalize)
         if evaluation is not None:
             metrics |= accuracy_metrics(chosen, rejected)
             card.write(cfg, (chosen, rejected), held_out, tokenizer, score, world, log)
     adapter = (model_dir / "adapter_config.json").is_file()
     facts = describe(
-        source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=adapter,
+        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=adapter,
         nf4=cfg.finetune.nf4,
     )  # fmt: skip
     return metrics, facts

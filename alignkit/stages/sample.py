@@ -8,7 +8,7 @@ import math
 from alignkit.config.stages import Sample
 from alignkit.core.errors import InputError
 from alignkit.core.io import write_atomic
-from alignkit.data import dataset, encode
+from alignkit.data import dataset, tokens
 from alignkit.models import loading
 from alignkit.models.source import check_tokenizer, describe, resolve_model
 from alignkit.rewards import base as rewards
@@ -21,10 +21,10 @@ from alignkit.training.engine import World
 def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Policy, prompts and the engine that answers them.
     source = resolve_model(cfg.model.path)
-    tokenizer = encode.of_model(source, cfg.model, log.note)
-    check_tokenizer({"model": source}, encode.tokenizer_hash(tokenizer))
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
+    check_tokenizer({"model": source}, tokens.tokenizer_hash(tokenizer))
     rows = cfg.data.rows("prompt")
-    prompts, dropped = encode.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
+    prompts, dropped = tokens.prompt_dataset(rows, tokenizer, cfg.max_prompt_length)
     log.note(f"prompts: {dropped.describe()}")
     if len(prompts) < world.size:
         raise InputError(
@@ -49,7 +49,7 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
     chunk = 32
     with log.progress("sampling", len(prompts), unit="prompt") as bar:
         for start in range(0, len(mine), chunk):
-            batch = encode.collate_prompts(mine[start : start + chunk], tokenizer.pad_token_id)
+            batch = tokens.collate_prompts(mine[start : start + chunk], tokenizer.pad_token_id)
             scored = score(sampler.generate(batch, cfg.group_size, cfg.seed, step=0))
             texts = rewards.response_texts(tokenizer, scored.rollouts)
             for first in range(0, len(texts), cfg.group_size):
@@ -92,7 +92,7 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
         "score_mean": math.fsum(scores) / len(scores),  # the same bits whichever rank has which
     }
     facts = describe(
-        source, tokenizer_hash=encode.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=None
+        source, tokenizer_hash=tokens.tokenizer_hash(tokenizer), data_hash=dataset.fingerprint(rows), adapter=None
     )
     return metrics, facts
 

@@ -8,7 +8,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from alignkit.config.stages import SFT
-from alignkit.data import dataset, encode
+from alignkit.data import dataset, tokens
 from alignkit.models import loading
 from alignkit.models.source import describe, resolve_model
 from alignkit.stages import measure, trl
@@ -20,13 +20,13 @@ from alignkit.training.engine import World
 def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     # 1. Rows and tokens.
     source = resolve_model(cfg.model.path)
-    tokenizer = encode.of_model(source, cfg.model, log.note)
+    tokenizer = tokens.of_model(source, cfg.model, log.note)
     rows, held_out = trl.split_rows(cfg)
-    train, dropped = encode.sft_dataset(rows, tokenizer, cfg.max_length)
+    train, dropped = tokens.sft_dataset(rows, tokenizer, cfg.max_length)
     log.note(f"training rows: {dropped.describe()}")
     evaluation = None
     if held_out:
-        evaluation, dropped = encode.sft_dataset(held_out, tokenizer, cfg.max_length)
+        evaluation, dropped = tokens.sft_dataset(held_out, tokenizer, cfg.max_length)
         log.note(f"held-out rows: {dropped.describe()}")
 
     # 2. The base, and what of it trains.
@@ -43,7 +43,7 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     reporter = trl.Reporter(log, names, ("policy/loss",))
     facts = describe(
         source,
-        tokenizer_hash=encode.tokenizer_hash(tokenizer),
+        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
         data_hash=dataset.fingerprint(rows),
         adapter=source.adapter is not None or peft_config is not None,
         nf4=cfg.finetune.nf4,
@@ -65,19 +65,19 @@ def main(cfg: SFT, world: World, log: RunLog) -> tuple[dict, dict]:
     # 3. Train, write the model for the next stage, measure it on the held-out rows.
     metrics = trl.train(trainer, cfg, world, log)
     model_dir = cfg.run_dir / "model"
-    encode.name_ends(hf, tokenizer)
+    tokens.name_ends(hf, tokenizer)
     with saving.weights(model_dir):
         trainer.save_model(str(model_dir))
     with saving.beside(model_dir):
         if world.rank == 0:
-            encode.save_tokenizer(tokenizer, model_dir)
+            tokens.save_tokenizer(tokenizer, model_dir)
     if evaluation is not None:
         with saving.beside(model_dir):
             pad_id, micro = tokenizer.pad_token_id, cfg.micro_batch_size
             metrics |= measure.held_out(trainer, evaluation, pad_id, world, micro)
     facts = describe(
         source,
-        tokenizer_hash=encode.tokenizer_hash(tokenizer),
+        tokenizer_hash=tokens.tokenizer_hash(tokenizer),
         data_hash=dataset.fingerprint(rows),
         adapter=(model_dir / "adapter_config.json").is_file(),
         nf4=cfg.finetune.nf4,

@@ -13,7 +13,7 @@ from typing import Any
 from alignkit.core.errors import InputError
 from alignkit.core.io import read_json, write_atomic
 from alignkit.core.types import Rollouts, Rows
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.rollout.base import Context, pack_rollouts
 
 FILE = "token_ids.json"  # in the reward model's folder: {"texts": [{"prompt", "response", "ids"}]}
@@ -33,7 +33,7 @@ def write(rows: Rows, tokenizer: Any, folder: Path) -> None:
     probes = [{"prompt": prompt, "chosen": response, "rejected": response} for prompt, response in TEXTS] + list(
         rows[:3]
     )
-    encoded, _ = encode.preference_dataset(probes, tokenizer, ANY_LENGTH)
+    encoded, _ = tokens.preference_dataset(probes, tokenizer, ANY_LENGTH)
     texts = [
         {"prompt": row["prompt"], "response": row["chosen"], "ids": ids}
         for row, ids in zip(probes, encoded["chosen_ids"], strict=True)
@@ -67,9 +67,9 @@ def check(folder: Path, tokenizer: Any) -> str:
 
 def as_rollouts(texts: list[dict[str, Any]], tokenizer: Any) -> Rollouts:
     """Texts as the rollouts that PPO would have had of them: prompts collated, the response's ids packed behind."""
-    prompts, _ = encode.prompt_dataset([{"prompt": text["prompt"]} for text in texts], tokenizer, ANY_LENGTH)
-    batch = encode.collate_prompts(prompts, tokenizer.pad_token_id)
-    responses = [encode.encode_response(tokenizer, text["response"]) for text in texts]
+    prompts, _ = tokens.prompt_dataset([{"prompt": text["prompt"]} for text in texts], tokenizer, ANY_LENGTH)
+    batch = tokens.collate_prompts(prompts, tokenizer.pad_token_id)
+    responses = [tokens.encode_response(tokenizer, text["response"]) for text in texts]
     longest = max(map(len, responses))
     context = Context("", "", 0, 0, tokenizer.eos_token_id, tokenizer.pad_token_id, len(texts))
     zeros = [[0.0] * len(ids) for ids in responses]
@@ -81,10 +81,10 @@ def same_ids(rollouts: Rollouts, tokenizer: Any) -> tuple[int, int]:
 
     A sampler may reach a text by other tokens than the tokenizer would; scores are taken of the sampled ones.
     """
-    same, finished, ends = 0, 0, encode.stops(tokenizer)
+    same, finished, ends = 0, 0, tokens.stops(tokenizer)
     for ids, mask, done in zip(rollouts.response_ids, rollouts.response_mask, rollouts.finished, strict=True):
         kept = ids[mask].tolist()
         if done and kept[-1] in ends:
             text = tokenizer.decode(kept[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            same, finished = same + (encode.encode_response(tokenizer, text)[:-1] == kept[:-1]), finished + 1
+            same, finished = same + (tokens.encode_response(tokenizer, text)[:-1] == kept[:-1]), finished + 1
     return same, finished

@@ -22,8 +22,8 @@ from alignkit.config import stages
 from alignkit.config.stages import TrainStage
 from alignkit.core.errors import InputError, Saved
 from alignkit.core.types import Rows
-from alignkit.data import encode
-from alignkit.runs import hashes, manifest
+from alignkit.data import tokens
+from alignkit.runs import hashes, manifests
 from alignkit.tracking.run_log import RunLog
 from alignkit.training import checkpoint, finite, interrupt, saving
 from alignkit.training.engine import World
@@ -34,7 +34,7 @@ def split_rows(cfg: TrainStage) -> tuple[Rows, Rows]:
     rows = cfg.data.rows(cfg.row_kind)
     if cfg.eval_data.path:
         return rows, cfg.eval_data.rows(cfg.row_kind)
-    return encode.split_by_prompt(rows, cfg.eval_fraction, cfg.seed)
+    return tokens.split_by_prompt(rows, cfg.eval_fraction, cfg.seed)
 
 
 def arguments(cls: type, cfg: TrainStage, world: World, **extra: Any) -> Any:
@@ -221,7 +221,7 @@ def careful(
                 complete(self.model, written / "model")
                 if world.rank == 0:
                     stages.save(cfg, written / "config.yaml")
-                    manifest.describe_checkpoint(written, cfg.run_dir, cfg.stage, step, facts)
+                    manifests.describe_checkpoint(written, cfg.run_dir, cfg.stage, step, facts)
                     state = {"step": step, "tokens": self._total_train_tokens, "world_size": world.size}
                     state["merit"] = checkpoint.merit(reporter.latest, cfg.keep_best)
                     checkpoint.publish(written, final, state, cfg.keep_last, cfg.keep_best)

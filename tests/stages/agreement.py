@@ -9,7 +9,7 @@ import sys
 import torch
 
 from alignkit.core.types import ModelSource, PromptBatch
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.finetune.full import Full
 from alignkit.finetune.lora import LoRA
 from alignkit.models.config import Model
@@ -26,7 +26,7 @@ def batch_of(rows: list[list[int]], index: list[int] | None = None, draws: list[
         {"ids": ids, "index": i if index is None else index[i], "draw": draws[i] if draws else 0, "meta": {}}
         for i, ids in enumerate(rows)
     ]
-    return encode.collate_prompts(prompts, PAD)
+    return tokens.collate_prompts(prompts, PAD)
 
 
 def laws(path: str, dtype: str) -> dict:
@@ -80,12 +80,12 @@ def laws(path: str, dtype: str) -> dict:
 def syncs(path: str, dtype: str) -> dict:
     """The gap to the trainer after each of 20 syncs of moving weights: {payload: {"max": …, "mean": …}}."""
     global PAD
-    tokenizer = encode.load_tokenizer(path)
+    tokenizer = tokens.load_tokenizer(path)
     PAD = tokenizer.pad_token_id
     source = ModelSource(base=path, tokenizer=path)
     model = Model(path=path, dtype=dtype)
     texts = [f"Tell me something good about {what}." for what in ("rain", "a dog", "mountains", "old books")]
-    rows = [encode.encode_prompt(tokenizer, text) for text in texts]
+    rows = [tokens.encode_prompt(tokenizer, text) for text in texts]
     found = {}
     for name, finetune, payload in (
         ("adapter", LoRA(), "adapter"),

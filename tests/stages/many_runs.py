@@ -22,7 +22,7 @@ import torch
 
 from alignkit.cli.entry import conf_dir
 from alignkit.config import stages
-from alignkit.runs import hashes, manifest
+from alignkit.runs import hashes, manifests
 from alignkit.tracking.run_log import RunLog
 from alignkit.training import engine
 
@@ -41,7 +41,7 @@ def run(stage: str, overrides: list[str], world: engine.World) -> None:
         measured, facts = importlib.import_module(f"alignkit.stages.{stage}").main(cfg, world, log)
     if world.rank == 0:
         facts = hashes.record(facts, cfg.run_dir, cfg.verify)
-        manifest.write_manifest(cfg.run_dir, stage=stage, **facts, metrics=measured, status="done")
+        manifests.write_manifest(cfg.run_dir, stage=stage, **facts, metrics=measured, status="done")
     world.barrier()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jobs import run_many
 
-from alignkit.runs import manifest
+from alignkit.runs import manifests
 
 HERE = Path(__file__).resolve().parent
 
@@ -95,7 +95,7 @@ def record(names: list[str]) -> None:
             if (path := Path("runs", name, "ppo", file)).is_file():
                 shutil.copy(path, folder)
         last = {} if error is None else {"error": error.strip().splitlines()[-1]}
-        manifest.write_manifest(folder, stage="ppo", status="failed" if error else "done", **last)
+        manifests.write_manifest(folder, stage="ppo", status="failed" if error else "done", **last)
         print(name, last or "done", flush=True)
 
 

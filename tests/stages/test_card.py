@@ -13,7 +13,7 @@ from command import alignkit
 from jobs import manifest
 from safetensors.torch import load_file, save_file
 
-from alignkit.data import encode as tokens
+from alignkit.data import tokens
 from alignkit.models import loading
 from alignkit.models.config import Model
 from alignkit.models.score_heads import HEAD_FILE

@@ -10,7 +10,7 @@ from command import alignkit
 from jobs import manifest, metrics, run_many
 
 from alignkit.config import stages
-from alignkit.data import encode
+from alignkit.data import tokens
 from alignkit.data.dataset import Data
 from alignkit.pipeline.stage import check_inputs
 from alignkit.plan import counts, memory
@@ -65,8 +65,8 @@ def test_ppo_of_a_pipeline(pipeline):
 
 def test_ppo_in_groups_with_epochs_and_prompts_left_out(tiny, rows, tmp_path):
     """Answers of one length each, so that the tokens are known too; prompts are drawn beyond an epoch."""
-    prompts, _ = encode.prompt_dataset(
-        Data(path=str(rows), limit=20).rows("prompt"), encode.load_tokenizer(str(tiny)), 500
+    prompts, _ = tokens.prompt_dataset(
+        Data(path=str(rows), limit=20).rows("prompt"), tokens.load_tokenizer(str(tiny)), 500
     )
     limit = sorted(len(prompt["ids"]) for prompt in prompts)[9]
     mine = tmp_path / "mine.py"

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.core.errors import InputError
 from alignkit.core.types import ModelSource, PromptBatch, Rows
-from alignkit.data import ends
-from alignkit.data import template as chat
+from alignkit.data import chat, ends
 from alignkit.data.dataset import fingerprint
 from alignkit.data.files import first_line, looks_like_a_file
 
