@@ -311,7 +311,7 @@ def test_how_a_template_begins_and_ends_is_noted(tokenizer, tmp_path):
 def test_a_light_tokenizer_has_the_ids_of_the_whole_one_without_torch(tmp_path):
     tiny_tokenizer(tmp_path)
     code = (
-        "import sys; from alignkit.data.dataset import encode as tokens; t = tokens.load_tokenizer(sys.argv[1], light=True);"
+        "import sys; from alignkit.data import tokens; t = tokens.load_tokenizer(sys.argv[1], light=True);"
         "print(tokens.tokenizer_hash(t), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -396,7 +396,7 @@ def test_small_data_is_checked_within_three_seconds_without_torch(work):
 
     for more in ([], ["model.path=model"]):
         arguments = ["check", "data", "sft", "data.path=answers.jsonl", *more]
-        code = f"import sys; sys.argv = ['alignkit', *{arguments!r}]\nfrom alignkit.cli.entry import entry as cli\ntry: cli.main()\nfinally: assert not {{'torch', 'vllm'}} & set(sys.modules)"
+        code = f"import sys; sys.argv = ['alignkit', *{arguments!r}]\nfrom alignkit.cli import entry as cli\ntry: cli.main()\nfinally: assert not {{'torch', 'vllm'}} & set(sys.modules)"
         best = float("inf")
         for _ in range(3):
             process = subprocess.Popen(

@@ -441,8 +441,8 @@ def test_a_run_name_that_another_process_works_on(work, begun):
     if begun:
         finished_run(root / "sft", "sft", work / "model", status="running")
     code = (
-        "import sys, pathlib\nfrom alignkit.runs import manifest as artifacts\n"
-        "with artifacts.lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "import sys, pathlib\nfrom alignkit.runs import lock\n"
+        "with lock.lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

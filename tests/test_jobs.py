@@ -115,7 +115,7 @@ def test_logs_are_those_of_the_newest(run):
 
 
 def test_cancel_ends_the_process_that_works_there(run):
-    hold = f"from alignkit.runs import manifest as artifacts; from pathlib import Path; import time\nwith artifacts.lock(Path({str(run / 'ppo')!r})):\n    print('held', flush=True); time.sleep(60)"
+    hold = f"from alignkit.runs import lock; from pathlib import Path; import time\nwith lock.lock(Path({str(run / 'ppo')!r})):\n    print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     out = invoke("cancel", str(run), cwd=run).out

@@ -207,7 +207,7 @@ def test_checks_load_nothing_heavy_and_answer_within_five_seconds(tmp_path, line
     """The files, rows, models, tokenizers and templates of five stages are looked at without torch."""
     work = make_work(tmp_path / "work")
     code = (
-        "import sys, time\nfrom alignkit.cli.entry import entry as cli\n"
+        "import sys, time\nfrom alignkit.cli import entry as cli\n"
         f"sys.argv = ['alignkit', *{line!r}]\ncli.main()\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], time.process_time(), file=sys.stderr)"
     )
