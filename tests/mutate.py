@@ -42,7 +42,7 @@ ROUND = ("test_ppo_step.py", "-ktest_13 or test_47")
 TEMPERATURE = ("test_ppo_step.py", "-ktest_17 or test_22")
 PTX = ("test_ppo_step.py", "-ktest_45")
 OPTIMIZER = ("test_ppo_step.py", "-ktest_46")
-LEARNING = ("test_enumerated.py::test_49_ppo_reaches_the_known_optimum[1.0-1.0-0]",)
+LEARNING = ("test_enumerated.py::test_ppo_reaches_the_known_optimum[1.0-1.0-0]",)
 NEED_MODELS = {"test_models.py", "test_update.py", "test_ppo_step.py"}
 
 

@@ -33,7 +33,7 @@ def one_thread():
 
 @pytest.mark.parametrize("env", range(3))
 @pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
-def test_49_the_judge_knows_the_optimum(env, beta):
+def test_the_judge_knows_the_optimum(env, beta):
     """The tilted policy, written as a table, scores 1; the reference 0."""
     case, e = CASE["optima"][env], ENVS[env]
     (best,) = [row["objective"] for row in case["optimum"] if row["beta"] == beta]
@@ -49,26 +49,26 @@ def test_49_the_judge_knows_the_optimum(env, beta):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("beta, temperature", [(0.3, 1.0), (1.0, 1.0), (3.0, 1.0), (1.0, 0.7)])
-def test_49_ppo_reaches_the_known_optimum(beta, temperature, seed):
+def test_ppo_reaches_the_known_optimum(beta, temperature, seed):
     env = ENVS[seed % 3]
     found = env.judge(train(env, ppo(beta), temperature=temperature, seed=seed, rounds=200), beta, temperature)
     assert 0.99 <= found <= 1 + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_49_kl_in_the_loss_comes_near(seed):
+def test_kl_in_the_loss_comes_near(seed):
     """Per token it does not see the KL of later tokens, so it stays below the optimum (0.96 to 0.98 in the calibration)."""
     options = {"kl_in": "loss", "kl_estimator": "k2"}
     assert 0.94 <= ENVS[0].judge(train(ENVS[0], ppo(1.0, **options), seed=seed, rounds=200), 1.0, 1.0) <= 1 + 1e-9
 
 
 @pytest.mark.parametrize("estimator", [RLOO, ReinforcePP])
-def test_49_the_other_estimators_reach_it_too(estimator):
+def test_the_other_estimators_reach_it_too(estimator):
     found = ENVS[0].judge(train(ENVS[0], ppo(1.0, estimator), rounds=200, group_size=4), 1.0, 1.0)
     assert 0.99 <= found <= 1 + 1e-9
 
 
-def test_49_grpo_without_std_comes_as_near_as_kl_in_the_loss_does():
+def test_grpo_without_std_comes_as_near_as_kl_in_the_loss_does():
     algorithm = ppo(1.0, GRPO, scale_by_std=False, aggregation="token_mean")
     assert 0.94 <= ENVS[0].judge(train(ENVS[0], algorithm, rounds=200, group_size=8), 1.0, 1.0) <= 1 + 1e-9
 
@@ -107,7 +107,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_49_known_faults_stay_below(name):
+def test_known_faults_stay_below(name):
     """Every one of these reached at most 0.96 in the calibration of the spec (`calibration` of its enumerated_env)."""
     algorithm, temperature, faults = FAULTS[name]
     tables = Tables(ENVS[0].ref_logits)
@@ -118,7 +118,7 @@ def test_49_known_faults_stay_below(name):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_49b_bandit(seed):
+def test_bandit(seed):
     ref, rewards = (torch.tensor(CASE["tilted"][name]) for name in ("rho", "r"))
     (best,) = [row for row in CASE["tilted"]["optima"] if row["beta"] == 1.0]
     env = Bandit(ref, rewards)

@@ -74,7 +74,7 @@ def brute_gae(rewards, values, mask, gamma, lam):
 
 
 @pytest.mark.parametrize("case", ["gae_g1.0_l0.95", "gae_g1.0_l1.0"])
-def test_01_gae_matches_peers(case):
+def test_gae_matches_peers(case):
     x = inputs(case)
     advantages, returns = F.gae(x["rewards"], x["values"], x["mask"], x["gamma"], x["lam"])
     assert len(PEERS[case]["outputs"]) == 6
@@ -87,7 +87,7 @@ def test_01_gae_matches_peers(case):
 @given(
     st.integers(0, 10**6), st.integers(1, 7), st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.sampled_from([0.0, 0.95, 1.0])
 )
-def test_01_gae_matches_closed_form(seed, steps, gamma, lam):
+def test_gae_matches_closed_form(seed, steps, gamma, lam):
     g, mask = ragged(4, steps, seed)
     rewards, values = randn(g, 4, steps), randn(g, 4, steps)
     advantages, returns = F.gae(rewards, values, mask, gamma, lam)
@@ -97,7 +97,7 @@ def test_01_gae_matches_closed_form(seed, steps, gamma, lam):
     assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
 
 
-def test_01_gae_limits_of_lambda():
+def test_gae_limits_of_lambda():
     g, mask = ragged(5, 9, 3)
     rewards, values = randn(g, 5, 9) * mask, randn(g, 5, 9) * mask
     following = torch.cat([values[:, 1:], torch.zeros(5, 1)], 1)
@@ -106,7 +106,7 @@ def test_01_gae_limits_of_lambda():
     close(F.gae(rewards, values, mask, 1.0, 1.0)[0], (suffix_sums - values) * mask)
 
 
-def test_01_gae_matches_cleanrl():
+def test_gae_matches_cleanrl():
     """CleanRL's rollout is cut where the next step is an episode's first; the last value bootstraps unless done."""
     x = inputs("gae_cleanrl")
     expected = peer("gae_cleanrl", "cleanrl")
@@ -127,7 +127,7 @@ def test_01_gae_matches_cleanrl():
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF, 1e30])
 @pytest.mark.parametrize("interior", [False, True])
-def test_02_gae_reads_nothing_outside_the_mask(poison, interior):
+def test_gae_reads_nothing_outside_the_mask(poison, interior):
     g, mask = ragged(6, 8, 5, interior)
     rewards, values = randn(g, 6, 8), randn(g, 6, 8)
     clean = F.gae(rewards, values, mask, 0.97, 0.9)
@@ -137,7 +137,7 @@ def test_02_gae_reads_nothing_outside_the_mask(poison, interior):
     assert clean[0][mask].abs().min() > 0
 
 
-def test_03_gae_carries_across_interior_spans():
+def test_gae_carries_across_interior_spans():
     """Rows with holes give what the same rows give with the holes taken out."""
     g, mask = ragged(6, 9, 11, interior=True)
     rewards, values = randn(g, 6, 9), randn(g, 6, 9)
@@ -155,7 +155,7 @@ def test_03_gae_carries_across_interior_spans():
 # --------------------------------------------------------------------------------------------------- 4-6: whitening
 
 
-def test_04_whiten_matches_peer():
+def test_whiten_matches_peer():
     x = inputs("whiten")
     mask = x["mask"].bool()
     expected = peer("whiten", "masked_whiten")
@@ -166,7 +166,7 @@ def test_04_whiten_matches_peer():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.floats(-1e4, 1e4), st.floats(0.1, 100))
-def test_04_whitened_has_mean_0_and_biased_variance_1(seed, offset, scale):
+def test_whitened_has_mean_0_and_biased_variance_1(seed, offset, scale):
     g, mask = ragged(5, 7, seed)
     x = (randn(g, 5, 7) * scale + offset).masked_fill(~mask, INF)
     white = F.whiten(x, mask)
@@ -179,7 +179,7 @@ def test_04_whitened_has_mean_0_and_biased_variance_1(seed, offset, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 12345.678])
-def test_05_whiten_of_a_constant_or_one_token_is_0(value, dtype):
+def test_whiten_of_a_constant_or_one_token_is_0(value, dtype):
     constant = torch.full((7, 9), value, dtype=dtype)
     _, mask = ragged(7, 9, 2)
     one = torch.zeros(7, 9).index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(1.0))
@@ -189,7 +189,7 @@ def test_05_whiten_of_a_constant_or_one_token_is_0(value, dtype):
         assert F.whiten(constant, m, moments=F.masked_moments(constant, m)).abs().max() < 1e-7
 
 
-def test_06_whiten_over_the_global_batch_does_not_depend_on_the_shards():
+def test_whiten_over_the_global_batch_does_not_depend_on_the_shards():
     g, mask = ragged(9, 6, 21)
     x = randn(g, 9, 6) * 3 + 2
     mask[7:] = False  # a rank without a token
@@ -214,7 +214,7 @@ def fraction(metrics, name):
     return (total / count).item()
 
 
-def test_07_policy_loss_matches_peers():
+def test_policy_loss_matches_peers():
     new, old, advantages, mask = ppo_inputs()
     new.requires_grad_()
     total, count, metrics = F.policy_loss(new, old, advantages, mask, 0.2)
@@ -237,7 +237,7 @@ def test_07_policy_loss_matches_peers():
     assert not any(x.requires_grad for pair in metrics.values() for x in pair)
 
 
-def test_07_higher_upper_clip_and_aggregations_match_peers():
+def test_higher_upper_clip_and_aggregations_match_peers():
     new, old, advantages, mask = ppo_inputs()
     total, count, _ = F.policy_loss(new, old, advantages, mask, 0.2, clip_range_high=0.28)
     close(total / count, peer("ppo_losses", "clip-higher")["pg_loss"], 1e-12)
@@ -252,7 +252,7 @@ def test_07_higher_upper_clip_and_aggregations_match_peers():
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.5])
-def test_07_gradient_is_0_iff_the_clip_helps(ratio, advantage):
+def test_gradient_is_0_iff_the_clip_helps(ratio, advantage):
     logprobs = t64([[math.log(ratio)]], requires_grad=True)
     total, _, metrics = F.policy_loss(logprobs, t64([[0.0]]), t64([[advantage]]), t64([[1]]), 0.2)
     total.backward()
@@ -264,7 +264,7 @@ def test_07_gradient_is_0_iff_the_clip_helps(ratio, advantage):
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 @pytest.mark.parametrize("ratio", [0.5, 1.5])
-def test_07_at_the_edge_of_the_clip_nothing_is_clipped(ratio, advantage):
+def test_at_the_edge_of_the_clip_nothing_is_clipped(ratio, advantage):
     logprobs = t64([[math.log(ratio)]], requires_grad=True)
     ratio = logprobs.exp().item()
     total, _, metrics = F.policy_loss(logprobs, t64([[0.0]]), t64([[advantage]]), t64([[1]]), abs(ratio - 1))
@@ -274,7 +274,7 @@ def test_07_at_the_edge_of_the_clip_nothing_is_clipped(ratio, advantage):
 
 
 @pytest.mark.parametrize("gap", [1000.0, INF])
-def test_07_log_ratios_are_guarded_and_counted(gap):
+def test_log_ratios_are_guarded_and_counted(gap):
     logprobs = t64([[gap, -gap, 0.0, NAN]], requires_grad=True)
     total, count, metrics = F.policy_loss(logprobs, torch.zeros(1, 4), -torch.ones(1, 4), t64([[1, 1, 1, 0]]), 0.2)
     total.backward()
@@ -283,7 +283,7 @@ def test_07_log_ratios_are_guarded_and_counted(gap):
     assert logprobs.grad.tolist() == [[0, 0, 1, 0]]
 
 
-def test_07_weights_multiply_the_clipped_loss_and_are_detached():
+def test_weights_multiply_the_clipped_loss_and_are_detached():
     new, old, advantages, mask = ppo_inputs()
     g = torch.Generator().manual_seed(0)
     weights = torch.rand(3, 6, generator=g, dtype=torch.float64, requires_grad=True)
@@ -300,7 +300,7 @@ def test_07_weights_multiply_the_clipped_loss_and_are_detached():
     assert count == 12  # a weight is not a count
 
 
-def test_08_dual_clip():
+def test_dual_clip():
     new, old, advantages, mask = ppo_inputs()
     for c in (1.3, 3.0):
         total, count, _ = F.policy_loss(new, old, advantages, mask, 0.2, dual_clip=c)
@@ -320,7 +320,7 @@ def test_08_dual_clip():
             F.policy_loss(new, old, advantages, mask, 0.2, dual_clip=c)
 
 
-def test_09_value_loss_matches_peers():
+def test_value_loss_matches_peers():
     x = inputs("ppo_losses")
     values = x["new_values"].requires_grad_()
     total, count, metrics = F.value_loss(values, x["old_values"], x["returns"], x["mask"], 0.2)
@@ -337,12 +337,12 @@ def test_09_value_loss_matches_peers():
     assert metrics["critic/clip_fraction"] == (0, 12)
 
 
-def test_09_value_loss_has_the_half_once():
+def test_value_loss_has_the_half_once():
     total, _, _ = F.value_loss(t64([[3.0]]), t64([[3.0]]), t64([[1.0]]), t64([[1]]), 0.2)
     close(total, 2.0)  # 1/2 (3 - 1)^2
 
 
-def test_10_total_loss_of_policy_value_and_entropy():
+def test_total_loss_of_policy_value_and_entropy():
     x = inputs("ppo_losses")
     policy, n, _ = F.policy_loss(x["new_logprobs"], x["old_logprobs"], x["advantages"], x["mask"], x["clip"])
     value, m, _ = F.value_loss(x["new_values"], x["old_values"], x["returns"], x["mask"], x["vclip"])
@@ -376,7 +376,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_11_aggregation_matches_verl(mode):
+def test_aggregation_matches_verl(mode):
     x = inputs("loss_aggregation")
     expected = peer("loss_aggregation", "agg_loss")[MODES[mode]]
     total, count = F.sum_tokens(x["loss"].masked_fill(x["mask"] == 0, NAN), x["mask"], mode)
@@ -395,7 +395,7 @@ def test_11_aggregation_matches_verl(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("parts", PARTITIONS)
-def test_11_micro_batches_do_not_change_loss_or_gradient(mode, parts):
+def test_micro_batches_do_not_change_loss_or_gradient(mode, parts):
     x = inputs("loss_aggregation")
     g = torch.Generator().manual_seed(4)
     new, old = x["loss"], randn(g, 4, 5)
@@ -419,7 +419,7 @@ def test_11_micro_batches_do_not_change_loss_or_gradient(mode, parts):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_11_parts_of_a_step_share_its_denominator(mode):
+def test_parts_of_a_step_share_its_denominator(mode):
     x = inputs("loss_aggregation")
     sums, counts = (x["loss"] * x["mask"]).sum(1), x["mask"].sum(1)
     n_step = 11 if mode == "token_mean" else 4
@@ -429,7 +429,7 @@ def test_11_parts_of_a_step_share_its_denominator(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("poison", [0.0, NAN, INF])
-def test_14_empty_rows_and_micro_batches_add_nothing(mode, poison):
+def test_empty_rows_and_micro_batches_add_nothing(mode, poison):
     g, _ = ragged(1, 1, 0)
     x = [randn(g, 4, 5) for _ in range(4)]
     mask = torch.ones(4, 5, dtype=torch.bool)
@@ -474,7 +474,7 @@ def python_law(z, tau):
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.7, 2.5])
-def test_22_logprobs_and_entropy_use_logits_over_temperature(tau):
+def test_logprobs_and_entropy_use_logits_over_temperature(tau):
     g = torch.Generator().manual_seed(1)
     logits, labels = randn(g, 2, 3, 5) * 3, torch.randint(5, (2, 3), generator=g)
     logprobs, entropy = F.response_logprobs(logits, labels, tau), F.entropy(logits, tau)
@@ -486,7 +486,7 @@ def test_22_logprobs_and_entropy_use_logits_over_temperature(tau):
         assert (logprobs - F.response_logprobs(logits, labels) / tau).abs().min() > 1e-3  # lp(tau) is not lp / tau
 
 
-def test_22_bad_temperatures_are_refused():
+def test_bad_temperatures_are_refused():
     for tau in (0.0, -1.0, NAN):
         with pytest.raises(ValueError, match="temperature"):
             F.entropy(torch.zeros(2, 3), tau)
@@ -494,7 +494,7 @@ def test_22_bad_temperatures_are_refused():
             F.response_logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), tau)
 
 
-def test_33_entropy_limits():
+def test_entropy_limits():
     close(F.entropy(torch.zeros(4, 97, dtype=torch.float64)), [math.log(97)] * 4)
     close(F.entropy(t64([1.0, 1.0])), math.log(2))
     sure = torch.full((3, 11), -1e4)
@@ -509,13 +509,13 @@ def test_33_entropy_limits():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 6), st.floats(-1e4, 1e4))
-def test_33_entropy_is_between_0_and_log_v(seed, log_scale, offset):
+def test_entropy_is_between_0_and_log_v(seed, log_scale, offset):
     g = torch.Generator().manual_seed(seed)
     h = F.entropy((randn(g, 20, 7) * 10**log_scale + offset).float())
     assert (h >= 0).all() and (h <= math.log(7) + 1e-6).all()
 
 
-def test_33_a_step_on_the_entropy_bonus_raises_the_entropy():
+def test_a_step_on_the_entropy_bonus_raises_the_entropy():
     g = torch.Generator().manual_seed(2)
     logits = randn(g, 6, 9).requires_grad_()
     h = F.entropy(logits, 0.7)
@@ -525,7 +525,7 @@ def test_33_a_step_on_the_entropy_bonus_raises_the_entropy():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_33_chunked_equals_full_in_value_and_gradient(dtype, monkeypatch):
+def test_chunked_equals_full_in_value_and_gradient(dtype, monkeypatch):
     g = torch.Generator().manual_seed(6)
     logits, labels = randn(g, 3, 7, 13).to(dtype), torch.randint(13, (3, 7), generator=g)
     before = logits.clone()
@@ -548,7 +548,7 @@ def test_33_chunked_equals_full_in_value_and_gradient(dtype, monkeypatch):
             assert torch.equal(f(logits, 0.7), out.detach())
 
 
-def test_33_only_a_chunk_of_logits_is_upcast(monkeypatch):
+def test_only_a_chunk_of_logits_is_upcast(monkeypatch):
     monkeypatch.setattr(F, "CHUNK_ELEMENTS", 2 * 2 * 50)
     seen, log_softmax = [], torch.Tensor.log_softmax
     monkeypatch.setattr(torch.Tensor, "log_softmax", lambda x, dim: seen.append(x.numel()) or log_softmax(x, dim))
@@ -561,7 +561,7 @@ def test_33_only_a_chunk_of_logits_is_upcast(monkeypatch):
 # ------------------------------------------------------------------------------ 25-28: from a response to its rewards
 
 
-def test_25_truncate_at_the_first_stop():
+def test_truncate_at_the_first_stop():
     eos, end, pad = 2, 9, 0
     ids = torch.tensor(
         [[5, 6, 7, 8], [5, eos, 7, 8], [5, 6, 7, eos], [end, eos, 7, 8], [7, end, eos, end], [0, 5, 2, 5]]
@@ -579,7 +579,7 @@ def test_25_truncate_at_the_first_stop():
         F.truncate_at_stop(ids, [eos], eos)
 
 
-def test_25_an_eos_in_the_last_slot_or_another_stop_is_not_penalised():
+def test_an_eos_in_the_last_slot_or_another_stop_is_not_penalised():
     _, _, finished = F.truncate_at_stop(torch.tensor([[5, 6, 2], [5, 9, 7], [5, 6, 7]]), [2, 9], 0)
     scores = t64([0.5, 0.25, 3.0])
     assert F.missing_eos(scores, finished).tolist() == [0.5, 0.25, -1.0]
@@ -603,7 +603,7 @@ def reward_inputs(seed=0):
     return randn(g, 5), randn(g, 5, 6) - 2, randn(g, 5, 6) - 2, mask
 
 
-def test_27_the_score_stands_on_the_last_token():
+def test_the_score_stands_on_the_last_token():
     scores, lp, ref, mask = reward_inputs()
     poisoned = [x.masked_fill(~mask, NAN) for x in (lp, ref)]
     rewards = F.token_rewards(scores, *poisoned, mask, kl_coef=0.0)
@@ -619,7 +619,7 @@ def test_27_the_score_stands_on_the_last_token():
 
 @pytest.mark.parametrize("estimator", F.KL_ESTIMATORS)
 @pytest.mark.parametrize("slot", F.SCORE_SLOTS)
-def test_27_rewards_match_brute_force(slot, estimator):
+def test_rewards_match_brute_force(slot, estimator):
     scores, lp, ref, mask = reward_inputs(1)
     rewards = F.token_rewards(scores, lp.requires_grad_(), ref, mask, 0.05, estimator, slot)
     expected = torch.zeros(5, 6, dtype=torch.float64)
@@ -634,7 +634,7 @@ def test_27_rewards_match_brute_force(slot, estimator):
     assert not rewards.requires_grad
 
 
-def test_27_with_holes_the_last_valid_token_gets_the_score():
+def test_with_holes_the_last_valid_token_gets_the_score():
     mask = torch.tensor([[1, 0, 1, 0, 0]])
     assert F.score_position(mask).tolist() == [[False, False, True, False, False]]
     assert F.score_position(mask, "after_eos").tolist() == [[False, False, False, True, False]]
@@ -644,7 +644,7 @@ def test_27_with_holes_the_last_valid_token_gets_the_score():
 
 
 @pytest.mark.parametrize("slot", F.SCORE_SLOTS)
-def test_28_reward_pipeline_end_to_end(slot):
+def test_reward_pipeline_end_to_end(slot):
     """Stop, penalty, rewards, GAE and whitening against the loops of summarize_from_feedback_details, written anew.
 
     There the values are kept up to and with the slot behind the stop, set to 0 beyond, and the scan runs over all slots.
@@ -674,7 +674,7 @@ def test_28_reward_pipeline_end_to_end(slot):
     close(white[mask], (kept - kept.mean()) / (kept.var(correction=0) + 1e-8).sqrt())
 
 
-def test_28_the_slot_of_the_score_matters_to_the_last_token():
+def test_the_slot_of_the_score_matters_to_the_last_token():
     """One token, gamma 1, lambda .95: the score reaches it whole, or through a value and a factor of .95."""
     mask = torch.tensor([[1, 0]])
     zeros, values = torch.zeros(1, 2).double(), t64([[0.3, 0.2]])
@@ -688,7 +688,7 @@ def test_28_the_slot_of_the_score_matters_to_the_last_token():
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_30_kl_estimators_match_verl(estimator):
+def test_kl_estimators_match_verl(estimator):
     x = inputs("kl_estimators")
     lp = x["logp"].requires_grad_()
     kl = F.kl_estimate(lp, x["ref_logp"], estimator)
@@ -698,7 +698,7 @@ def test_30_kl_estimators_match_verl(estimator):
     close(lp.grad, expected["grad"])
 
 
-def test_30_abs_matches_nemo_aligner_and_unknown_names_raise():
+def test_abs_matches_nemo_aligner_and_unknown_names_raise():
     x = inputs("kl_estimators")
     close(F.kl_estimate(x["logp"], x["ref_logp"], "abs"), peer("kl_estimators", "calculate_kl_penalty"))
     with pytest.raises(ValueError, match=r"k4.*k1, k2, k3, abs"):
@@ -707,13 +707,13 @@ def test_30_abs_matches_nemo_aligner_and_unknown_names_raise():
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-100, 100, width=32), st.sampled_from([torch.float32, torch.float64]))
-def test_30_k3_is_finite_and_never_negative(r, dtype):
+def test_k3_is_finite_and_never_negative(r, dtype):
     for x in (r, r * 1e-6):
         k3 = F.kl_estimate(torch.tensor([x], dtype=dtype), torch.zeros(1, dtype=dtype), "k3")
         assert k3.isfinite().all() and (k3 >= 0).all()
 
 
-def test_30_k3_holds_a_log_ratio_within_20():
+def test_k3_holds_a_log_ratio_within_20():
     far = F.kl_estimate(torch.tensor([-100.0, 100.0]), torch.zeros(2), "k3")
     close(far, [math.exp(20) - 21, math.exp(-20) + 19], 64)  # float32 knows e^20 to 32
 
@@ -723,7 +723,7 @@ def two_laws():
     return randn(g, 9), randn(g, 9).log_softmax(-1)
 
 
-def test_30_expectations_are_exact():
+def test_expectations_are_exact():
     logits, ref = two_laws()
     lp = logits.log_softmax(-1)
     kl = (lp.exp() * (lp - ref)).sum()
@@ -735,7 +735,7 @@ def test_30_expectations_are_exact():
 
 @pytest.mark.parametrize("estimator", F.KL_LOSS_ESTIMATORS)
 @pytest.mark.parametrize("on_policy", [True, False])
-def test_31_kl_in_the_loss_has_the_gradient_of_the_kl(estimator, on_policy):
+def test_kl_in_the_loss_has_the_gradient_of_the_kl(estimator, on_policy):
     """Every token of a 9-way vocabulary once, weighted by how often it is sampled: from the policy or from an old one."""
     logits, ref = two_laws()
     logits.requires_grad_()
@@ -753,7 +753,7 @@ def test_31_kl_in_the_loss_has_the_gradient_of_the_kl(estimator, on_policy):
         close(total.detach(), kl.detach())  # the value of an unbiased estimator
 
 
-def test_31_straight_through_values_match_verl():
+def test_straight_through_values_match_verl():
     x = inputs("kl_estimators")
     for estimator in ("k1+", "k3+"):
         lp = x["logp"].clone().requires_grad_()
@@ -765,7 +765,7 @@ def test_31_straight_through_values_match_verl():
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3", "abs"])
-def test_31_wrong_gradients_are_refused(estimator):
+def test_wrong_gradients_are_refused(estimator):
     logits, ref = two_laws()
     with pytest.raises(ValueError, match=f"'{estimator}' has a wrong gradient.*k2"):
         F.kl_loss(logits, logits, ref, torch.ones(9), estimator)
@@ -777,7 +777,7 @@ def test_31_wrong_gradients_are_refused(estimator):
     assert (grad - right).abs().max() > 0.01
 
 
-def test_32_kl_controller_is_bit_equal_to_peers():
+def test_kl_controller_is_bit_equal_to_peers():
     x = PEERS["kl_controller"]["inputs"]
     controller = F.AdaptiveKL(x["init"], x["target"], x["horizon"])
     values = []
@@ -794,7 +794,7 @@ def test_32_kl_controller_is_bit_equal_to_peers():
     assert resumed.value == controller.value and isinstance(controller.value, float)
 
 
-def test_32_kl_controller_refuses_what_cannot_steer():
+def test_kl_controller_refuses_what_cannot_steer():
     for target, horizon in [(0.0, 10), (-1.0, 10), (6.0, 0)]:
         with pytest.raises(ValueError, match="target"):
             F.AdaptiveKL(0.2, target, horizon)
@@ -805,7 +805,7 @@ def test_32_kl_controller_refuses_what_cannot_steer():
     assert fixed.value == 0.05 and fixed.state_dict() == {"value": 0.05}
 
 
-def test_32_the_kl_of_a_sequence_is_a_sum_over_its_tokens():
+def test_the_kl_of_a_sequence_is_a_sum_over_its_tokens():
     """Twice the tokens at the same KL per token is twice the input, so the coefficient moves the other way."""
     short, long = F.AdaptiveKL(0.1, 6.0, 1000), F.AdaptiveKL(0.1, 6.0, 1000)
     short.update(10 * 0.5, 100)
@@ -816,7 +816,7 @@ def test_32_the_kl_of_a_sequence_is_a_sum_over_its_tokens():
 # ---------------------------------------------------------------------------------------------- 34-36: reward models
 
 
-def test_34_pairwise_loss_matches_peers():
+def test_pairwise_loss_matches_peers():
     x = inputs("rm_pairwise")
     chosen, rejected, margin = x["chosen"], x["rejected"], x["margin"]
     expected = peer("rm_pairwise", "PairWiseLoss")
@@ -830,14 +830,14 @@ def test_34_pairwise_loss_matches_peers():
     close(F.pairwise_loss(-far, far), 2000.0)  # no overflow
 
 
-def test_34_pairwise_loss_refuses_to_broadcast():
+def test_pairwise_loss_refuses_to_broadcast():
     column, row = torch.zeros(5, 1), torch.zeros(5)
     for args in [(column, row), (row, column), (column, column, row), (row, row, column), (row, row, torch.zeros(()))]:
         with pytest.raises(ValueError, match=r"\(5, 1\)|\(\)"):
             F.pairwise_loss(*args)
 
 
-def test_35_kwise_loss():
+def test_kwise_loss():
     g = torch.Generator().manual_seed(5)
     scores = randn(g, 3, 4)
     expected = 0.0
@@ -853,7 +853,7 @@ def test_35_kwise_loss():
             F.kwise_loss(torch.zeros(shape))
 
 
-def test_35_a_prompt_weighs_the_same_whatever_its_k():
+def test_a_prompt_weighs_the_same_whatever_its_k():
     for k in (2, 4, 9):
         close(F.kwise_loss(torch.zeros(2, k, dtype=torch.float64)), math.log(2))
     many = t64([[0.5] * 9], requires_grad=True)
@@ -862,7 +862,7 @@ def test_35_a_prompt_weighs_the_same_whatever_its_k():
     close(many.grad[0, -1], 8 / 36 / 2)
 
 
-def test_36_score_gain_and_bias_match_peers():
+def test_score_gain_and_bias_match_peers():
     scores = inputs("rm_norm")["rewards"]
     gain, bias = F.score_gain_bias(scores, 0.0, 1.0)
     expected = peer("rm_norm", "set_reward_norm")
@@ -887,7 +887,7 @@ def weight_inputs():
 @pytest.mark.parametrize("floor", [None, 0.6])
 @pytest.mark.parametrize("cap", [None, 2.0, 1.1])
 @pytest.mark.parametrize("mode", F.IMPORTANCE_MODES)
-def test_43_importance_weights_match_brute_force(mode, cap, floor):
+def test_importance_weights_match_brute_force(mode, cap, floor):
     old, rollout, mask = weight_inputs()
     low, high = floor or 0.0, cap or INF
     expected = torch.zeros(4, 6, dtype=torch.float64)
@@ -904,12 +904,12 @@ def test_43_importance_weights_match_brute_force(mode, cap, floor):
 
 
 @pytest.mark.parametrize("mode", F.IMPORTANCE_MODES)
-def test_43_importance_weights_are_1_where_the_engines_agree(mode):
+def test_importance_weights_are_1_where_the_engines_agree(mode):
     old, _, mask = weight_inputs()
     assert torch.equal(F.importance_weights(old, old, mask, mode), mask.double())
 
 
-def test_43_importance_weights_edges():
+def test_importance_weights_edges():
     zeros, ones = torch.zeros(1, 2), torch.ones(1, 2)
     far = torch.tensor([[500.0, -500.0]])
     assert F.importance_weights(far, zeros, ones).tolist() == [[2.0, torch.tensor(-20.0).exp().item()]]
@@ -925,7 +925,7 @@ def test_43_importance_weights_edges():
 # ----------------------------------------------------------------------------- 50: metrics, and moments over batches
 
 
-def test_50_explained_variance():
+def test_explained_variance():
     g, mask = ragged(5, 7, 17)
     returns = randn(g, 5, 7) * 2 + 1
     values = returns + randn(g, 5, 7) * 0.5 + 3
@@ -943,7 +943,7 @@ def test_50_explained_variance():
         close(F.explained_variance(values[p], returns[p], mask[p], moments), expected)
 
 
-def test_50_metrics_do_not_depend_on_padding_or_splitting():
+def test_metrics_do_not_depend_on_padding_or_splitting():
     g, mask = ragged(6, 5, 23)
     lp, old, adv, ret = (randn(g, 6, 5) for _ in range(4))
 
@@ -973,7 +973,7 @@ def test_50_metrics_do_not_depend_on_padding_or_splitting():
             close(value, whole[name])
 
 
-def test_50_masked_mean():
+def test_masked_mean():
     x = t64([[1.0, NAN], [3.0, 5.0]], requires_grad=True)
     mean = F.masked_mean(x, torch.tensor([[1, 0], [1, 1]]))
     close(mean.detach(), 3.0)
@@ -984,7 +984,7 @@ def test_50_masked_mean():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 5), min_size=1, max_size=5), st.floats(-100, 100))
-def test_16_running_moments_equal_pooled_statistics(seed, sizes, offset):
+def test_running_moments_equal_pooled_statistics(seed, sizes, offset):
     g = torch.Generator().manual_seed(seed)
     running, batches = F.RunningMoments(), []
     for n in sizes:
@@ -1003,7 +1003,7 @@ def test_16_running_moments_equal_pooled_statistics(seed, sizes, offset):
     assert (resumed.mean, resumed.std, resumed.count) == (running.mean, running.std, running.count)
 
 
-def test_16_running_moments_of_equal_scores_scale_by_1():
+def test_running_moments_of_equal_scores_scale_by_1():
     running = F.RunningMoments()
     assert running.std == 1
     for _ in range(3):
@@ -1014,7 +1014,7 @@ def test_16_running_moments_of_equal_scores_scale_by_1():
         running.update(F.masked_moments(t64([NAN])))
 
 
-def test_28_scores_are_clipped_on_both_sides():
+def test_scores_are_clipped_on_both_sides():
     scores = t64([-9.0, 0.5, 9.0])
     assert F.clip_scores(scores, 5.0).tolist() == [-5.0, 0.5, 5.0]
     assert F.clip_scores(scores, None) is scores

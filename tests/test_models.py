@@ -127,7 +127,7 @@ def close(ours, theirs, bound):
 
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("style", STYLES)
-def test_18_a_saved_dropout_is_off_in_train_mode(saved, style, tune):
+def test_a_saved_dropout_is_off_in_train_mode(saved, style, tune):
     roles, _ = build(saved[style], tune, Critic("separate"))
     rollouts, found = make_rollouts(4), []
     for seed in (1, 2):
@@ -137,7 +137,7 @@ def test_18_a_saved_dropout_is_off_in_train_mode(saved, style, tune):
         assert torch.equal(value, found[1][name]), name
 
 
-def test_18_a_dropout_that_is_on_is_refused():
+def test_a_dropout_that_is_on_is_refused():
     noisy = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
     with pytest.raises(RunError, match="1 dropout layers are on, as 1"):
         loading.train_only(noisy, [])
@@ -148,7 +148,7 @@ def test_18_a_dropout_that_is_on_is_refused():
 
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("style", STYLES)
-def test_19_at_the_start_the_policy_is_its_reference(saved, style, tune):
+def test_at_the_start_the_policy_is_its_reference(saved, style, tune):
     """And its reference is what transformers and peft make of the same folders: the SFT adapter, not its base."""
     roles, _ = build(saved[style], tune)
     rollouts = make_rollouts(6)
@@ -175,7 +175,7 @@ def test_19_at_the_start_the_policy_is_its_reference(saved, style, tune):
 
 @pytest.mark.parametrize("tune", ["full", "sft"])
 @pytest.mark.parametrize("style", STYLES)
-def test_20_padding_and_batch_mates_change_nothing(saved, style, tune):
+def test_padding_and_batch_mates_change_nothing(saved, style, tune):
     roles, _ = build(saved[style], tune)
     rollouts = make_rollouts(8)
     together = forward(roles, rollouts, micro=8)
@@ -191,7 +191,7 @@ def test_20_padding_and_batch_mates_change_nothing(saved, style, tune):
 
 @pytest.mark.parametrize("tune", ["full", "sft"])
 @pytest.mark.parametrize("style", STYLES)
-def test_20_21_the_module_takes_padding_on_any_side_with_any_ids(saved, style, tune):
+def test_21_the_module_takes_padding_on_any_side_with_any_ids(saved, style, tune):
     """Padded on the left as the sampler has it, or flush left; whatever ids stand in the padding."""
     roles, _ = build(saved[style], tune)
     rollouts = padded_left(make_rollouts(6), 2)
@@ -215,7 +215,7 @@ def test_20_21_the_module_takes_padding_on_any_side_with_any_ids(saved, style, t
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 @pytest.mark.parametrize("style", STYLES)
-def test_29_a_score_is_the_head_on_the_last_token(saved, style, tune):
+def test_a_score_is_the_head_on_the_last_token(saved, style, tune):
     """By transformers and peft, a row at a time; so are the critic's values, which start as the reward model's (37)."""
     folders = saved[style]
     roles, _ = build(folders, tune)
@@ -235,7 +235,7 @@ def test_29_a_score_is_the_head_on_the_last_token(saved, style, tune):
 
 @pytest.mark.parametrize("tune, kind", [("full", "separate"), ("sft", "adapter"), ("sft", "separate")])
 @pytest.mark.parametrize("style", STYLES)
-def test_37_a_critic_from_the_reward_model_ends_on_its_score(saved, style, tune, kind):
+def test_a_critic_from_the_reward_model_ends_on_its_score(saved, style, tune, kind):
     """The value behind the last token is read off that token's state, where the score is read."""
     roles, _ = build(saved[style], tune, Critic(kind))
     rollouts = make_rollouts(10)
@@ -250,7 +250,7 @@ def test_37_a_critic_from_the_reward_model_ends_on_its_score(saved, style, tune,
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_40_without_its_adapter_a_model_is_its_base(saved, style):
+def test_without_its_adapter_a_model_is_its_base(saved, style):
     """Bitwise, whatever role computed before; a fresh adapter adds 0, and one that has learned moves its role only."""
     roles, finetune = build(saved[style], "lora")
     base, ids = alone(saved[style]["base"]), torch.randint(VOCAB, (3, 11), generator=generator(2))
@@ -269,7 +269,7 @@ def test_40_without_its_adapter_a_model_is_its_base(saved, style):
 
 @pytest.mark.parametrize("tune", ["full", "sft"])
 @pytest.mark.parametrize("style", STYLES)
-def test_40_synced_weights_are_the_policy_and_leave_the_base_alone(saved, style, tune):
+def test_synced_weights_are_the_policy_and_leave_the_base_alone(saved, style, tune):
     """Under the checkpoint's names; `merged` is a model of transformers that was never told of an adapter."""
     roles, finetune = build(saved[style], tune)
     before = {name: tensor.clone() for name, tensor in roles.state_dict().items()}
@@ -287,7 +287,7 @@ def test_40_synced_weights_are_the_policy_and_leave_the_base_alone(saved, style,
     assert all(torch.equal(before[name], tensor) for name, tensor in roles.state_dict().items())
 
 
-def test_40_rows_added_for_a_pad_token_are_neither_synced_nor_sampled(saved):
+def test_rows_added_for_a_pad_token_are_neither_synced_nor_sampled(saved):
     roles, finetune = build(saved["llama"], "sft", vocab=VOCAB + 1)
     rollouts, (plain, _) = make_rollouts(4), build(saved["llama"], "sft")
     assert {len(t) for n, t in finetune.sync_payload(roles) if "embed" in n} == {VOCAB}
@@ -301,7 +301,7 @@ KINDS = ["full separate", "full trunk", "sft adapter", "sft trunk", "lora separa
 
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("style", STYLES)
-def test_41_what_trains_is_what_the_optimizers_hold_and_what_moves(saved, style, kinds):
+def test_what_trains_is_what_the_optimizers_hold_and_what_moves(saved, style, kinds):
     tune, kind = kinds.split()
     roles, finetune = build(saved[style], tune, Critic(kind, head="random" if kind == "trunk" else "auto"))
     names = {p: name for name, p in roles.named_parameters()}

@@ -97,7 +97,7 @@ ALGORITHMS = {
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("style", STYLES)
-def test_11_a_step_does_not_depend_on_micro_batches_order_or_padding(folders, style, name):
+def test_a_step_does_not_depend_on_micro_batches_order_or_padding(folders, style, name):
     algorithm, options = ALGORITHMS[name]
     metrics, before, after, forwards = three_steps(folders[style], algorithm, **options)
     assert distance(before, after) > 1e-3 and len(forwards) < 3 * ROWS
@@ -110,7 +110,7 @@ def test_11_a_step_does_not_depend_on_micro_batches_order_or_padding(folders, st
                 assert theirs[key] == pytest.approx(ours[key], abs=1e-10), (how, key)
 
 
-def test_11_the_loss_is_that_of_the_whole_batch(folders):
+def test_the_loss_is_that_of_the_whole_batch(folders):
     """Against the surrogate, the value loss and the entropy written down, with plain autograd and one forward."""
     roles = full_roles(folders["gpt2"], Critic(head="random"))
     algorithm = PPO(ent_coef=0.1, vf_coef=0.5)
@@ -145,7 +145,7 @@ def test_11_the_loss_is_that_of_the_whole_batch(folders):
 
 
 @pytest.mark.parametrize("mini, micro, steps", [(12, 4, 1), (8, 8, 2), (5, 2, 3), (1, 1, 12)])
-def test_13_15_a_round_has_epochs_times_minibatches_steps(folders, mini, micro, steps):
+def test_15_a_round_has_epochs_times_minibatches_steps(folders, mini, micro, steps):
     """The last minibatch may be a part: it is a step of its own, and no row of it goes elsewhere or nowhere."""
     algorithm = PPO(ppo_epochs=3)
     roles = full_roles(folders["gpt2"], Critic())
@@ -165,7 +165,7 @@ def test_13_15_a_round_has_epochs_times_minibatches_steps(folders, mini, micro, 
         assert max(map(len, engine.forwards)) <= micro
 
 
-def test_13_every_step_holds_the_gradient_of_its_own_rows(folders):
+def test_every_step_holds_the_gradient_of_its_own_rows(folders):
     """Ten rows in minibatches of 8, micro-batches of 4: the second step is the mean over the last two rows' tokens."""
     algorithm = PPO()
     roles = full_roles(folders["gpt2"], Critic())
@@ -184,7 +184,7 @@ def test_13_every_step_holds_the_gradient_of_its_own_rows(folders):
 @pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"])
 @pytest.mark.parametrize("slot", ["on_last_token", "after_eos"])
-def test_14_a_row_without_a_response_adds_nothing(folders, aggregation, micro, slot):
+def test_a_row_without_a_response_adds_nothing(folders, aggregation, micro, slot):
     algorithm = PPO(ent_coef=0.1, aggregation=aggregation, score_slot=slot, whiten_advantages=False)
     found = []
     for keep in (range(ROWS), [row for row in range(ROWS) if row not in (0, 5)]):
@@ -200,7 +200,7 @@ def test_14_a_row_without_a_response_adds_nothing(folders, aggregation, micro, s
         assert metrics[name] == pytest.approx(expected[name], abs=1e-12), name
 
 
-def test_14_a_step_without_a_token_moves_nothing(folders):
+def test_a_step_without_a_token_moves_nothing(folders):
     roles = full_roles(folders["gpt2"], Critic(head="random"))
     experience = make_experience(make_config(PPO(), 4), roles, make_rollouts(3, empty=(0, 1, 2)))
     before, engines = weights(roles), torch_engines(roles)
@@ -218,7 +218,7 @@ def start_of(folder, kind):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("style", STYLES)
-def test_17_the_first_minibatch_has_ratio_1(folders, style, kind):
+def test_the_first_minibatch_has_ratio_1(folders, style, kind):
     """The same rows in the same micro-batches, and the round's own first minibatch in others; in train mode."""
     roles, finetune = start_of(folders[style], kind)
     algorithm = PPO(kl_coef=0.0)
@@ -233,7 +233,7 @@ def test_17_the_first_minibatch_has_ratio_1(folders, style, kind):
         assert numbers["critic/clip_fraction"] == 0
 
 
-def test_22_one_temperature_for_policy_old_reference_and_entropy(folders, monkeypatch):
+def test_one_temperature_for_policy_old_reference_and_entropy(folders, monkeypatch):
     seen: list[tuple[str, float]] = []
     for name in ("response_logprobs", "entropy"):
         original = getattr(F, name)
@@ -279,7 +279,7 @@ def step_gradient(ptx_parts, rows, ppo: bool, ptx: bool, micro=2):
     return torch.cat([g.flatten() for g in engines["policy"].gradients[0]]), metrics
 
 
-def test_45_the_gradients_add_up_and_ptx_has_a_denominator_of_its_own(ptx_parts):
+def test_the_gradients_add_up_and_ptx_has_a_denominator_of_its_own(ptx_parts):
     """The ptx gradient alone is that of torch's mean cross-entropy; it is the same beside 3 rows of PPO and 9."""
     folder, tokenizer, config = ptx_parts
     roles = full_roles(folder, Critic(), vocab=len(tokenizer))
@@ -306,7 +306,7 @@ def test_45_the_gradients_add_up_and_ptx_has_a_denominator_of_its_own(ptx_parts)
 # ------------------------------------------------------------------------------- 46, 47: the optimizer, an early stop
 
 
-def test_46_adams_first_step_has_eps_1e_5_beside_the_root():
+def test_adams_first_step_has_eps_1e_5_beside_the_root():
     """theta - lr g / (|g| + eps): the bias corrections cancel in the first step."""
     g = torch.tensor([1.0, 1e-3, 1e-5, -1e-6, 0.0], dtype=torch.float64)
     parameter = torch.nn.Parameter(torch.ones_like(g))
@@ -316,7 +316,7 @@ def test_46_adams_first_step_has_eps_1e_5_beside_the_root():
 
 
 @pytest.mark.parametrize("total", [1, 4, 10])
-def test_46_schedules(total):
+def test_schedules(total):
     linear = [Optimizer(schedule="linear").factor(step, total) for step in range(total)]
     assert linear == pytest.approx([1 - (u - 1) / total for u in range(1, total + 1)], abs=1e-15) and linear[-1] > 0
     cosine = [Optimizer(schedule="cosine").factor(step, total) for step in range(total)]
@@ -332,7 +332,7 @@ def test_46_schedules(total):
     assert warm == pytest.approx([0.5, 1.0, *linear], abs=1e-15)
 
 
-def test_47_after_an_early_stop_nothing_moves_and_nothing_is_left_over(folders):
+def test_after_an_early_stop_nothing_moves_and_nothing_is_left_over(folders):
     """The minibatch that is discarded might as well not have been computed: this round and the next come out alike."""
     roles = full_roles(folders["gpt2"], Critic(head="random"))
     whole = make_experience(make_config(PPO(), ROWS), roles, make_rollouts(ROWS), noise=0)
@@ -362,7 +362,7 @@ def test_47_after_an_early_stop_nothing_moves_and_nothing_is_left_over(folders):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 20), st.integers(1, 70))
-def test_11_there_are_as_many_micro_batches_as_asked_for(lengths, micro, parts):
+def test_there_are_as_many_micro_batches_as_asked_for(lengths, micro, parts):
     """Where there are rows enough: every row once, none too large, and halved no more than needed."""
     lengths, parts = torch.tensor(lengths), min(parts, len(lengths))
     groups = [group.tolist() for group in batches.by_length(lengths, micro, parts)]

@@ -78,14 +78,14 @@ def plain(model):
     return found
 
 
-def test_12_ranks_have_different_numbers_of_tokens():
+def test_ranks_have_different_numbers_of_tokens():
     for number in range(ROUNDS):
         mask = make_rollouts(ROWS, seed=number).response_mask
         assert mask[0::2].sum() != mask[1::2].sum()
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_16_two_ranks_end_where_one_does(one, two, zero):
+def test_two_ranks_end_where_one_does(one, two, zero):
     assert distance(one[zero]["weights"], two[zero]["weights"]) <= BOUNDS[zero]
     for ours, theirs in zip(one[zero]["metrics"], two[zero]["metrics"], strict=True):
         for name in ours.keys() - {"update/padding_fraction"}:
@@ -95,7 +95,7 @@ def test_16_two_ranks_end_where_one_does(one, two, zero):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_16_kl_coefficient_and_running_moments_do_not_depend_on_ranks(one, two, zero):
+def test_kl_coefficient_and_running_moments_do_not_depend_on_ranks(one, two, zero):
     """Those of the first round are the same bits; later ones differ as the weights do."""
     assert two[zero]["scores"] == one[zero]["scores"]
     assert two[zero]["kl"][0] == one[zero]["kl"][0]
@@ -105,7 +105,7 @@ def test_16_kl_coefficient_and_running_moments_do_not_depend_on_ranks(one, two, 
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_12_deepspeed_does_what_torch_does(one, two, plain, model, zero, world):
+def test_deepspeed_does_what_torch_does(one, two, plain, model, zero, world):
     """DeepSpeed takes the norm that it clips by in float32; only the critic's gradient is clipped here."""
     ours, theirs = (one, two)[world - 1][zero], plain[DTYPES[zero]]
     start = weights(new_roles(model, DTYPES[zero]))
@@ -121,7 +121,7 @@ def test_12_deepspeed_does_what_torch_does(one, two, plain, model, zero, world):
             assert other["critic/grad_norm"] > 2 * CLIPS["critic"]
 
 
-def test_46_the_learning_rate_moves_once_a_round(one):
+def test_the_learning_rate_moves_once_a_round(one):
     """1 - (u - 1) / U of round u of U, from the first one, never 0."""
     expected = [RATE * (1 - (u - 1) / ROUNDS) for u in range(1, ROUNDS + 1)]
     for zero in DTYPES:
@@ -130,6 +130,6 @@ def test_46_the_learning_rate_moves_once_a_round(one):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_47_a_discarded_step_leaves_nothing_in_deepspeed(one, two, zero, world):
+def test_a_discarded_step_leaves_nothing_in_deepspeed(one, two, zero, world):
     with_it, without = (one, two)[world - 1][zero]["stopped"]
     assert distance(with_it, without) == 0

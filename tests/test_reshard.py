@@ -27,7 +27,7 @@ def weights(out: Path, job: str, size: int, zero: int, when: str) -> dict:
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("saved_by, resumed_by", [(1, 1), (2, 2), (1, 2), (2, 1)])
-def test_48_another_number_of_ranks_goes_on_where_the_checkpoint_is(out, zero, saved_by, resumed_by):
+def test_another_number_of_ranks_goes_on_where_the_checkpoint_is(out, zero, saved_by, resumed_by):
     whole = {when: weights(out, "save", saved_by, zero, when) for when in ("start", "end")}
     moved = distance({k.removeprefix("start."): v for k, v in whole["start"].items()},
                      {k.removeprefix("end."): v for k, v in whole["end"].items()})  # fmt: skip

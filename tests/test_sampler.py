@@ -68,7 +68,7 @@ def first_token_law(roles, prompt, temperature):
 
 
 @pytest.mark.parametrize("style, prompt", [("gpt2", [1, 5]), ("llama", [1, 5])])
-def test_23_draws_follow_the_law(style, prompt):
+def test_draws_follow_the_law(style, prompt):
     """Chi-square of 2e4 draws from an 8-way softmax at temperature 0.7; 24.32 is passed with probability 0.001."""
     roles = policy_and_reference(style, vocab=8)
     rollouts = sample(roles, [prompt], DRAWS, temperature=0.7, max_new_tokens=1)
@@ -84,7 +84,7 @@ def test_23_draws_follow_the_law(style, prompt):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_23_its_log_probs_are_the_trainers(style):
+def test_its_log_probs_are_the_trainers(style):
     """With a cache, ragged prompts padded on the left and responses that stop, against the forward that trains."""
     roles = policy_and_reference(style)
     prompts = [torch.randint(1, VOCAB, (n,), generator=generator(n)).tolist() for n in (1, 4, 9, 2, 6)]
@@ -101,7 +101,7 @@ def test_23_its_log_probs_are_the_trainers(style):
     assert ((rollouts.response_ids < 8) & mask).sum() == rollouts.finished.sum()
 
 
-def test_23_a_response_depends_on_seed_step_prompt_and_place_only():
+def test_a_response_depends_on_seed_step_prompt_and_place_only():
     """Not on its batch mates: each has a stream of its own."""
     roles = policy_and_reference("llama")
     prompts = [[5, 6, 7], [8, 9], [10]]
@@ -127,7 +127,7 @@ def test_a_frozen_head_is_not_copied_for_every_row():
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 500])
 @pytest.mark.parametrize("min_tokens", [0, 3])
-def test_23_the_law_is_that_of_transformers_warpers(top_p, top_k, min_tokens):
+def test_the_law_is_that_of_transformers_warpers(top_p, top_k, min_tokens):
     logits = 3 * torch.randn(50, VOCAB, generator=generator(1))
     logits[:, 2] += 9  # a stop that matters
     ours = HF(temperature=0.7, top_p=top_p, top_k=top_k, min_tokens=min_tokens, max_new_tokens=9)
@@ -148,7 +148,7 @@ def test_23_the_law_is_that_of_transformers_warpers(top_p, top_k, min_tokens):
 
 
 @pytest.mark.parametrize("odd", [{"top_p": 0.9}, {"top_k": 5}, {"min_tokens": 1}])
-def test_24_biased_sampling_is_refused(odd):
+def test_biased_sampling_is_refused(odd):
     HF().check_unbiased()
     HF(**odd, allow_biased_sampling=True).check_unbiased()
     with pytest.raises(InputError, match=next(iter(odd))):
@@ -156,7 +156,7 @@ def test_24_biased_sampling_is_refused(odd):
 
 
 @pytest.mark.parametrize("law", [{}, {"top_p": 0.6}, {"top_k": 2}])
-def test_24_only_the_policys_own_law_has_a_mean_k1_that_is_the_kl(law):
+def test_only_the_policys_own_law_has_a_mean_k1_that_is_the_kl(law):
     """1e4 first tokens, whose KL to the reference is a sum over 8; under top-p and top-k the mean falls below 0."""
     roles = policy_and_reference("gpt2", vocab=8)
     rollouts = sample(roles, [[3, 1, 4]], 10_000, max_new_tokens=1, **law)

@@ -22,7 +22,7 @@ from alignkit.stages import sft
 CASE = json.loads((Path(__file__).parent / "data" / "sft_masked_ce.json").read_text())
 
 
-def test_38_masked_cross_entropy_matches_the_closed_form():
+def test_masked_cross_entropy_matches_the_closed_form():
     """The label at t is scored by the logits at t - 1; a completion mask marks completion tokens."""
     logits = torch.tensor(CASE["inputs"]["logits"], dtype=torch.float64)
     ids = torch.tensor(CASE["inputs"]["input_ids"])
@@ -37,7 +37,7 @@ def test_38_masked_cross_entropy_matches_the_closed_form():
     assert float(of_examples) == pytest.approx(CASE["value"]["completion_mean_of_example_means"], abs=1e-9)
 
 
-def test_38_trl_trains_on_the_completion_and_its_eos_only(tiny, tmp_path):
+def test_trl_trains_on_the_completion_and_its_eos_only(tiny, tmp_path):
     """The batches of TRL's own trainer: labels are the ids of the completion, its end token too, and -100 elsewhere."""
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -57,7 +57,7 @@ def test_38_trl_trains_on_the_completion_and_its_eos_only(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [5.0, 15.0])
-def test_39_neftune_noise_is_bounded_by_each_rows_length_and_gone_in_evaluation(tiny, alpha):
+def test_neftune_noise_is_bounded_by_each_rows_length_and_gone_in_evaluation(tiny, alpha):
     """Uniform within alpha / sqrt(l d), l the row's own tokens however far it is padded; in training only."""
     hf = loading.load_base(str(tiny), Model(path=str(tiny)), 0)
     embedding, seen = hf.get_input_embeddings(), []
@@ -76,7 +76,7 @@ def test_39_neftune_noise_is_bounded_by_each_rows_length_and_gone_in_evaluation(
     assert torch.equal(seen[1], before[ids]) and torch.equal(embedding.weight, before)
 
 
-def test_26_the_end_is_learned(tiny, tmp_path):
+def test_the_end_is_learned(tiny, tmp_path):
     """150 steps on completions of a word: the model ends at least 95 % of its answers by itself, and it did not before."""
     path = tmp_path / "rows.jsonl"
     path.write_text(

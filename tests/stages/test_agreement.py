@@ -29,7 +29,7 @@ def test_greedy_tokens_are_those_of_transformers(laws):
     assert laws["greedy_gap"] < 1e-5
 
 
-def test_23_first_tokens_follow_the_softmax_at_the_temperature(laws):
+def test_first_tokens_follow_the_softmax_at_the_temperature(laws):
     """Chi-square, p > .001 by the Wilson-Hilferty approximation of its quantile."""
     free = laws["bins"] - 1
     assert free > 50
@@ -44,13 +44,13 @@ def test_each_response_has_a_stream_of_its_own(laws):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_44_log_probs_agree_after_twenty_syncs_of_moving_weights(dtype, tiny):
+def test_log_probs_agree_after_twenty_syncs_of_moving_weights(dtype, tiny):
     check_syncs(measure("syncs", str(tiny), dtype), dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_44_log_probs_of_the_real_model_agree(dtype):
+def test_log_probs_of_the_real_model_agree(dtype):
     from alignkit.models.source import resolve_model
 
     check_syncs(measure("syncs", resolve_model("demo:smollm2-135m-instruct").base, dtype), dtype)

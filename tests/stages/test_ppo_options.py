@@ -120,7 +120,7 @@ def steps_of(flips: Path, name: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", FLIPS)
-def test_07_every_option_runs_two_steps(name, flips):
+def test_every_option_runs_two_steps(name, flips):
     rows = steps_of(flips, name)
     assert [row["step"] for row in rows] == [0, 1]
     numbers = [value for row in rows for value in row.values()]
@@ -163,13 +163,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_07_an_option_changes_what_it_is_for(name, flips):
+def test_an_option_changes_what_it_is_for(name, flips):
     before, after = steps_of(flips, "default")[0], steps_of(flips, name)[0]
     for metric in CHANGES[name]:
         assert float(before[metric]) != pytest.approx(float(after[metric]), rel=1e-6), metric
 
 
-def test_07_what_an_option_is_for(flips):
+def test_what_an_option_is_for(flips):
     def first(name):
         return steps_of(flips, name)[0]
 
@@ -191,7 +191,7 @@ def test_07_what_an_option_is_for(flips):
     assert "does not anchor" in notes
 
 
-def test_47_early_stop_takes_no_further_step(flips):
+def test_early_stop_takes_no_further_step(flips):
     row = steps_of(flips, "target_kl")[0]
     assert row["update/early_stop"] == 1 and row["update/steps"] == 1
     other = steps_of(flips, "default")[0]
@@ -254,7 +254,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("overrides, parts", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
-def test_07_meaningless_combinations_are_refused_with_their_values(overrides, parts):
+def test_meaningless_combinations_are_refused_with_their_values(overrides, parts):
     stages.register()
     given = ["run_name=x", "model.path=m", "data.path=d.jsonl", "rewards.reward_model.path=r", *overrides]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"), pytest.raises(Exception) as refused:

@@ -20,13 +20,13 @@ def kill(*arguments: str, script: str = "kill_resume.py") -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_48_a_killed_ppo_run_ends_as_if_it_had_not_been():
+def test_a_killed_ppo_run_ends_as_if_it_had_not_been():
     assert kill("--stage", "ppo", "--kills", "2")["identical"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, kills, ranks", [("ppo", 20, 1), ("ppo", 8, 2), ("sft", 5, 1), ("reward", 5, 1)])
-def test_48_killed_runs_end_as_if_they_had_not_been(stage, kills, ranks):
+def test_killed_runs_end_as_if_they_had_not_been(stage, kills, ranks):
     assert kill("--stage", stage, "--kills", str(kills), "--ranks", str(ranks))["identical"]
 
 
