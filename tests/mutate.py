@@ -37,11 +37,11 @@ ALGORITHMS = ("test_algorithms.py",)
 BATCHES = ("test_batches.py",)
 MODELS = ("test_models.py",)
 UPDATE = ("test_update.py",)
-STEP = ("test_ppo_step.py", "-ktest_11 or test_14")
-ROUND = ("test_ppo_step.py", "-ktest_13 or test_47")
-TEMPERATURE = ("test_ppo_step.py", "-ktest_17 or test_22")
-PTX = ("test_ppo_step.py", "-ktest_45")
-OPTIMIZER = ("test_ppo_step.py", "-ktest_46")
+STEP = ("test_ppo_step.py", "-kdepend_on_micro or whole_batch or without_a_response or without_a_token")
+ROUND = ("test_ppo_step.py", "-kepochs_times or gradient_of_its_own or early_stop")
+TEMPERATURE = ("test_ppo_step.py", "-kratio_1 or one_temperature")
+PTX = ("test_ppo_step.py", "-kptx_has")
+OPTIMIZER = ("test_ppo_step.py", "-kadams_first or schedules")
 LEARNING = ("test_enumerated.py::test_ppo_reaches_the_known_optimum[1.0-1.0-0]",)
 NEED_MODELS = {"test_models.py", "test_update.py", "test_ppo_step.py"}
 
@@ -352,7 +352,7 @@ FAULTS: list[Fault] = [
         ("rewards.new_zeros(rewards.shape)", "rewards", "rewards as values"),
     ),
     # Rows, and how they become batches.
-    *of("types.py", BATCHES,
+    *of("core/types.py", BATCHES,
         ("self.prompt_ids.shape[1] - first", "first", "responses start where the padding was long"),
         ("self.prompt_ids.shape[1] - first", "self.prompt_mask.sum(1) - 1", "responses start a slot early"),
         ("mask.gather(1, at) & inside", "mask.gather(1, at)", "the last token is repeated behind the row"),
@@ -360,7 +360,7 @@ FAULTS: list[Fault] = [
          "rows keep their padding in front"),
         ("[value[int(i)] for i in index]", "[value[i] for i in range(len(index))]", "rows keep the wrong meta"),
     ),
-    *of("batches.py", BATCHES,
+    *of("training/batches.py", BATCHES,
         ("slots - valid - of[row] <= MAX_PADDING * slots", "slots - valid - of[row] <= 2 * MAX_PADDING * slots"),
         ("slots - valid - of[row] <= MAX_PADDING * slots", "slots - valid - of[row] < MAX_PADDING * slots"),
         ("slots - valid - of[row] <= MAX_PADDING * slots", "True", "padding without a limit"),
@@ -397,7 +397,7 @@ FAULTS: list[Fault] = [
          "log-probs of one prompt beside the rollout of another"),
     ),
     # Models and roles.
-    *of("models.py", MODELS,
+    *of("models/loading.py", MODELS,
         ("        attention_mask=mask.long(), position_ids", "        attention_mask=mask.long() * 0 + 1, position_ids",
          "padding is attended"),
         ("position_ids=position_ids(mask), ", "", "positions count the padding"),
@@ -417,7 +417,7 @@ FAULTS: list[Fault] = [
          "with only_blocks(hf, 0, len(hf.base_model.layers), norm=True):", "shared blocks run twice"),
         ("bias = None if head.bias is None else head.bias.to(dtype)", "bias = None"),
     ),
-    *of("loaded.py", MODELS,
+    *of("models/loaded.py", MODELS,
         ("parameter.copy_(saved[key])", "parameter.copy_(parameter)",
          "adapters start anew"),
     ),
@@ -477,13 +477,13 @@ FAULTS: list[Fault] = [
     *of("stages/ppo.py", PTX,
         ("Loss(cfg.ptx.coef * loss.total", "Loss(loss.total"),
     ),
-    *of("stages/_ptx.py", PTX,
+    *of("stages/ptx.py", PTX,
         ("total = float(counted.sum())", "total = 1.0", "the language-model loss is not divided"),
         ("-(logprobs * own).sum()", "(logprobs * own).sum()"),
         ("own = counted[index, :slots]", "own = counted[index, :slots] | mask[index, :slots]",
          "the prompt is learned too"),
     ),
-    *of("engine.py", OPTIMIZER,
+    *of("training/engine.py", OPTIMIZER,
         ("eps: float = num(1e-5", "eps: float = num(1e-8"),
         ("done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)", "done = step / total",
          "the schedule goes on during the warm-up"),

@@ -191,7 +191,7 @@ def test_padding_and_batch_mates_change_nothing(saved, style, tune):
 
 @pytest.mark.parametrize("tune", ["full", "sft"])
 @pytest.mark.parametrize("style", STYLES)
-def test_21_the_module_takes_padding_on_any_side_with_any_ids(saved, style, tune):
+def test_the_module_takes_padding_on_any_side_with_any_ids(saved, style, tune):
     """Padded on the left as the sampler has it, or flush left; whatever ids stand in the padding."""
     roles, _ = build(saved[style], tune)
     rollouts = padded_left(make_rollouts(6), 2)

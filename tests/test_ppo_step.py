@@ -145,7 +145,7 @@ def test_the_loss_is_that_of_the_whole_batch(folders):
 
 
 @pytest.mark.parametrize("mini, micro, steps", [(12, 4, 1), (8, 8, 2), (5, 2, 3), (1, 1, 12)])
-def test_15_a_round_has_epochs_times_minibatches_steps(folders, mini, micro, steps):
+def test_a_round_has_epochs_times_minibatches_steps(folders, mini, micro, steps):
     """The last minibatch may be a part: it is a step of its own, and no row of it goes elsewhere or nowhere."""
     algorithm = PPO(ppo_epochs=3)
     roles = full_roles(folders["gpt2"], Critic())
