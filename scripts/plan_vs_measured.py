@@ -3,8 +3,8 @@
 
     scripts/plan_vs_measured.py [--only WORDS] [--folder FOLDER]
 
-SFT, reward and PPO, with all weights and with adapters, in float32 and bfloat16, on one and two ranks, of a four-block
-model made on the spot and of SmolLM2-135M: 48 cases. `--only "ppo smollm2 lora"` takes those whose name has all words,
+SFT, reward and PPO, with all weights and with adapters on a whole base and on one in 4 bits, in float32 and bfloat16, on one and two ranks, of a four-block
+model made on the spot and of SmolLM2-135M: 72 cases. `--only "ppo smollm2 lora"` takes those whose name has all words,
 `--only "sft tiny|ppo tiny"` either. A finished case in FOLDER is not run again.
 
 Measured: on a GPU `torch.cuda.max_memory_allocated`, without one the peak of the resident memory of the process (VmHWM of
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 STAGES, MODELS, FINETUNE, DTYPES, RANKS = (
-    ("sft", "reward", "ppo"), ("tiny", "smollm2"), ("lora", "full"), ("float32", "bfloat16"), (1, 2),
+    ("sft", "reward", "ppo"), ("tiny", "smollm2"), ("lora", "qlora", "full"), ("float32", "bfloat16"), (1, 2),
 )  # fmt: skip
 PROMPT, ANSWER = 72, 40  # tokens of every row, the end among them: the longest row, which the plan reckons with, is met
 SETTINGS = {

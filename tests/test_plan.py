@@ -271,6 +271,43 @@ def test_full_training_of_8b_fits_no_gpu_of_80_gib_but_lora_does():
     assert overrides == ["finetune=lora"]
 
 
+def test_qlora_holds_the_matrices_in_4_bits_and_the_rest_as_it_is():
+    """arXiv 2305.14314: 4 bits a weight and 0.127 more for its scales, once those are quantised too."""
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    held = matrices * (4 + 0.127) / 8 + (8_030_261_248 - matrices) * 2
+    weights = {}
+    for name in ("lora", "qlora"):
+        cfg, predict = llama_plan("model.dtype=bfloat16", f"finetune={name}", "micro_batch_size=1")
+        phases = predict(cfg)
+        weights[name] = phases[-1].parts["weights"]
+    assert weights["lora"] == 2 * 8_030_261_248
+    assert weights["qlora"] == pytest.approx(held, rel=1e-4) and weights["qlora"] < 0.4 * weights["lora"]
+
+
+def test_8b_fits_12_gib_with_the_base_in_4_bits():
+    from alignkit.config import stages as config
+
+    cfg, predict = llama_plan("model.dtype=bfloat16", "micro_batch_size=1", gib=12)
+    assert fit.peak(predict(cfg)).total > 12 * memory.GIB
+    overrides, _, after = fit.cheapest(cfg, 12 * memory.GIB, predict, config.components)
+    assert overrides[0] == "finetune=qlora" and after < 12 * memory.GIB
+
+
+def test_a_base_in_4_bits_takes_the_bytes_that_the_plan_counts(tiny):
+    pytest.importorskip("bitsandbytes")
+    from alignkit.models import loading, quantization
+    from alignkit.models.config import Model
+
+    hf = loading.load_base(str(tiny), Model(path=str(tiny)), 0, nf4=True)
+    shape = Shape.read(json.loads((tiny / "config.json").read_text()), "config.json")
+    taken = 0.0
+    for layer in quantization.layers(hf).values():
+        state = layer.weight.quant_state
+        taken += layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    others = sum(p.nbytes for p in hf.parameters()) - sum(x.weight.nbytes for x in quantization.layers(hf).values())
+    assert taken + others == pytest.approx(shape.weight_bytes(4, nf4=True), rel=0.02)
+
+
 def test_zero_shares_the_optimizer_between_the_ranks():
     one, eight = (memory.training(10**9, 2, 2, ranks, 10**6) for ranks in (1, 8))
     assert one["optimizer"] == 8 * eight["optimizer"] == 12e9

@@ -40,6 +40,9 @@ def candidates(cfg: Any) -> Iterator[tuple[list[str], str]]:
     if getattr(getattr(cfg, "finetune", None), "name", "") == "full":
         yield ["finetune=lora"], "adapters are trained instead of all weights"
         yield ["finetune=lora", "micro_batch_size=1"], "adapters are trained instead of all weights"
+    if getattr(getattr(cfg, "finetune", None), "name", "") in ("full", "lora"):
+        yield ["finetune=qlora"], "adapters on a base whose matrices are held in 4 bits"
+        yield ["finetune=qlora", "micro_batch_size=1"], "adapters on a base whose matrices are held in 4 bits"
     if cfg.model.dtype == "float32":
         both = ["finetune=lora"] if getattr(getattr(cfg, "finetune", None), "name", "") == "full" else []
         yield [*both, "model.dtype=bfloat16", "micro_batch_size=1"], "less precision, smaller forwards"

@@ -69,6 +69,7 @@ class Roles:
     bases: int  # whole models in memory
     adapters: int
     trained: dict[str, int]  # {role: parameters that train}
+    nf4: bool = False  # the bases are held in 4 bits
 
 
 def number_bytes(cfg: Any) -> int:
@@ -83,10 +84,11 @@ def roles(cfg: Any, shape: Shape, starts_as_adapter: bool) -> Roles:
         learned = sum(item.name == "reward_model" for item in cfg.rewards.values())
         return Roles((1 if cfg.stage == "sample" else 2) + learned, 0, {})
     size = shape.adapter(cfg.finetune.rank, cfg.finetune.target_modules, cfg.finetune.last_layers) if lora else 0
+    nf4 = cfg.finetune.nf4
     if cfg.stage in ("sft", "reward"):
         head = shape.hidden if cfg.stage == "reward" else 0
         whole = shape.parameters if cfg.stage == "sft" else shape.trunk
-        return Roles(1, int(lora), {"model": (size if lora else whole) + head})
+        return Roles(1, int(lora), {"model": (size if lora else whole) + head}, nf4)
     learned = any(item.name == "reward_model" for item in cfg.rewards.values())
     critic = cfg.critic.resolved(cfg.finetune, learned) if cfg.algorithm.needs_critic else None
     head = shape.hidden + 1
@@ -98,7 +100,10 @@ def roles(cfg: Any, shape: Shape, starts_as_adapter: bool) -> Roles:
     separate = critic is not None and critic.kind == "separate"
     if lora:
         return Roles(
-            1 + separate, 1 + starts_as_adapter + learned + (critic is not None and critic.kind != "trunk"), trained
+            1 + separate,
+            1 + starts_as_adapter + learned + (critic is not None and critic.kind != "trunk"),
+            trained,
+            nf4,
         )
     return Roles(2 + learned + separate, 0, trained)
 
@@ -201,12 +206,14 @@ def _phases(
     size = 0
     if held.adapters:
         size = shape.adapter(cfg.finetune.rank, cfg.finetune.target_modules, cfg.finetune.last_layers)
-    weights: float = held.bases * shape.parameters * b
+    weights = held.bases * shape.weight_bytes(b, held.nf4)
     if reward is not None:
         held, weights = _beside(cfg, held, weights, shape, reward)
     if cfg.deepspeed.stage == 3:  # of every rank its share, and the block at work and the embedding whole
         weights = weights / cfg.launcher.num_ranks + (2 * shape.block + shape.embedding) * b
     base: dict[str, float] = {"libraries": libraries, "weights": weights, "adapters": held.adapters * size * b}
+    if held.nf4:  # the matrix at work is written out
+        base["dequantised"] = max(inputs * outputs for inputs, outputs, _ in shape.linears.values()) * b
     # A checkpoint is mapped into memory while it is read; numbers of its own dtype then stay where they are.
     mapped = 0 if device.gpu or shape.stored == b else shape.parameters * shape.stored
     phases = [Phase("load", base | {"file": mapped})] if mapped else []

@@ -32,6 +32,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "smollm3")
 
 
+# Bytes of a number in NF4 with double quantisation (arXiv 2305.14314, section 3): four bits, a scale of 8 bits for every 64,
+# and for every 256 of those one of 32 bits.
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a decoder."""
@@ -117,6 +122,11 @@ class Shape:
     def block_matrix(self) -> int:
         """Numbers in a block's matrices: what a token is multiplied with."""
         return sum(i * o for i, o, _ in self.linears.values())
+
+    def weight_bytes(self, number: int, nf4: bool) -> float:
+        """Bytes of the model's weights, of `number` bytes each; with `nf4` the blocks' matrices take four bits and scales."""
+        matrices = self.layers * self.block_matrix if nf4 else 0
+        return matrices * NF4 + (self.parameters - matrices) * number
 
     @property
     def block(self) -> int:
