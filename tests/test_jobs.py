@@ -181,7 +181,7 @@ def test_a_report_that_cannot_be_written_is_printed(run, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("alignkit.report.write_atomic", full)
+    monkeypatch.setattr("alignkit.report.summary.write_atomic", full)
     with pytest.raises(RunError, match=r"cannot be written \(No space left"):
         steps.write_report(run)
     assert "reward" in capsys.readouterr().out

@@ -26,7 +26,7 @@ SOME = [
     "responses start a slot early",
     "ranks make different numbers of micro-batches",
 ]
-HARMLESS = mutate.Fault("batches.py", "MAX_PADDING = 0.1", "MAX_PADDING = 0.10 + 0.0", "nothing is wrong")
+HARMLESS = mutate.Fault("training/batches.py", "MAX_PADDING = 0.1", "MAX_PADDING = 0.10 + 0.0", "nothing is wrong")
 
 
 def run(*arguments: str, more: str = "") -> tuple[subprocess.CompletedProcess, dict]:
@@ -46,7 +46,7 @@ def test_every_entry_fits_the_package():
 
 
 def test_an_entry_that_does_not_fit_is_named():
-    fault = mutate.Fault("batches.py", "a = 1", "a = 2", "a is too large")
+    fault = mutate.Fault("training/batches.py", "a = 1", "a = 2", "a is too large")
     assert mutate.planted(fault, "a = 1\n") == "a = 2\n"
     for source, says in (("b = 1\n", "stands 0 times"), ("a = 1\na = 1\n", "stands 2 times")):
         with pytest.raises(mutate.Outdated, match=f"a is too large\n.*{says} in alignkit/training/batches.py"):
@@ -61,7 +61,7 @@ def test_some_faults_are_caught_and_what_is_none_is_not():
     assert [len(found) for found in numbers] == [1] * 12
     harmless = f"mutate.FAULTS.append(mutate.{HARMLESS!r})"
     result, found = run("--only", *(str(n) for (n,) in numbers), str(len(mutate.FAULTS)), more=harmless)
-    survivor = f"{len(mutate.FAULTS)} batches.py: nothing is wrong"
+    survivor = f"{len(mutate.FAULTS)} training/batches.py: nothing is wrong"
     assert found == {"faults": 13, "caught": 12, "survived": [survivor]}, result.stdout
     assert result.returncode == 1
 
