@@ -74,7 +74,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_as_a_runs_is(work):
 
 
 def test_what_another_step_gives_is_another_input_and_is_shared_by_none(work):
-    from test_sweeps import address
+    from test_sweeps import address_of as address
 
     paths = [f"runs/base/sft/checkpoints/step_00000{step}" for step in (2, 4)]
     assert len({address("sample", f"model.path={path}") for path in [*paths, "runs/base/sft"]}) == 3

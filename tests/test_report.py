@@ -244,7 +244,7 @@ def test_default_next_commands_can_be_pasted(run):
     commands = report.default_next_commands(run)
     assert any("model.path=<hub id or folder>" in command for command in commands)
     assert any("ppo.steps=96 " in command for command in commands)
-    slurm = (report.Path(report.__file__).parent / "launch" / "slurm.py").exists()
+    slurm = (report.Path(report.__file__).parents[1] / "launch" / "slurm.py").exists()
     assert any("launcher=slurm" in command for command in commands) == slurm
     text = printed(run)
     for command in commands:

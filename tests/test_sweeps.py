@@ -25,7 +25,7 @@ from alignkit.models.source import resolve_model
 from alignkit.pipeline import lineage, sharing, sweep
 from alignkit.pipeline import stage as pipeline
 from alignkit.report import compare
-from alignkit.runs import manifests
+from alignkit.runs import environment, hashes, manifests
 from alignkit.runs.hashes import manifest_hash
 
 
@@ -96,14 +96,14 @@ def test_a_large_weight_file_is_known_by_its_places(tmp_path):
     weights = bytearray(os.urandom(2**20) * 40)
     file = tmp_path / "model.safetensors"
     file.write_bytes(weights)
-    before = manifests.model_hash(tmp_path)
+    before = hashes.model_hash(tmp_path)
     for at in (0, 20 * 2**20, len(weights) - 2**20):  # the first, a middle and the last fortieth
         changed = bytearray(weights)
         changed[at : at + 2**20] = bytes(2**20)
         file.write_bytes(changed)
-        assert manifests.model_hash(tmp_path) != before
+        assert hashes.model_hash(tmp_path) != before
     file.write_bytes(weights)
-    assert manifests.model_hash(tmp_path) == before
+    assert hashes.model_hash(tmp_path) == before
 
 
 def test_the_source_of_a_reward_function_is_in_the_address(work):
@@ -181,7 +181,7 @@ def test_a_link_whose_stage_was_deleted_is_refused_with_the_fix(work):
 def test_a_second_maker_waits_for_the_first_and_names_it(tmp_path):
     """Two processes, one address: the second gets its turn when the first lets go, killed or not."""
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom alignkit.pipeline.stage import sharing\n"
+        "import sys, time\nfrom pathlib import Path\nfrom alignkit.pipeline import sharing\n"
         "with sharing.turn(Path(sys.argv[1]), 'abc', 'sft', Path('runs') / sys.argv[2]):\n"
         "    print('turn', flush=True)\n    time.sleep(float(sys.argv[3]))\n"
     )
@@ -476,7 +476,7 @@ def test_a_run_that_goes_on_with_other_versions_says_so_and_keeps_both(work):
     cfg.run_dir.mkdir(parents=True)
     for number, versions in enumerate(({"torch": "1.0.0"}, {"torch": "2.0.0"})):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(manifests, "versions", lambda found=versions: found)
+            patch.setattr(environment, "versions", lambda found=versions: found)
             pipeline.open_run(cfg, "running", {"address": "a", "inputs": {}, "contents": {}})
         if not number:
             (cfg.run_dir / "checkpoints/step_000002").mkdir(parents=True)
