@@ -231,7 +231,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_found_before_the_first_step(wor
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     run(work, tiny, "fits", None, monkeypatch)
     with pytest.raises(
-        InputError, match=r"of 0\.\d MiB and 3 checkpoints of \d\.\d MiB\), 1.0 MiB are free there: make room"
+        RunError, match=r"of 0\.\d MiB and 3 checkpoints of \d\.\d MiB\), 1.0 MiB are free there: make room"
     ):
         run(work, tiny, "full", None, monkeypatch, "save_steps=1")
     assert (work / "full" / "ppo" / "metrics.jsonl").read_text() == ""
