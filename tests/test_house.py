@@ -498,3 +498,27 @@ def test_python_that_is_too_old_is_refused_in_one_line(tmp_path):
     done = subprocess.run(["bash", "-c", line], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "needs Python 3.11 or newer, and python3 is 3.9.2" in done.stderr
+
+
+def test_what_was_written_before_there_were_rooms_still_imports():
+    from alignkit.core import before
+
+    code = (
+        "import importlib, sys\nfrom alignkit.core import before\n"
+        "for name in before.MOVED:\n    importlib.import_module(f'alignkit.{name}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import sys\nfrom alignkit import artifacts, config, jobs, models, pipeline, tokens, types\n"
+        "from alignkit.check_model import check_source\nfrom alignkit.cli import conf_dir, main\nfrom alignkit.data import Data\n"
+        "from alignkit.core import errors\nassert types.InputError is errors.InputError\n"
+        "print(artifacts.resolve_model.__module__, config.load.__module__, jobs.first_error.__module__, 'torch' in sys.modules)\n"
+        "try:\n    from alignkit.types import Nothing\nexcept ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    said, refused = done.stdout.splitlines()
+    assert said == "alignkit.models.source alignkit.config.stages alignkit.jobs.steps False", done.stderr
+    assert "Nothing" in refused
+    for new in (part for parts in before.MOVED.values() for part in parts):
+        assert (PACKAGE / f"{new.replace('.', '/')}.py").is_file(), new

@@ -1,3 +1,5 @@
 """The command line."""
 
-from alignkit.cli.entry import main as main
+from alignkit.core import lazy
+
+__all__, __getattr__ = lazy.names(__name__, {"main": "entry"}, ("cli.entry",))

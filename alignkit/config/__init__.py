@@ -12,4 +12,5 @@ __all__, __getattr__ = lazy.names(
         "save": "stages",
         "to_config": "stages",
     },
+    ("config.stages",),
 )

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def names(room: str, where: Mapping[str, str]) -> tuple[list[str], Callable[[str], Any]]:
+def names(room: str, where: Mapping[str, str], before: Sequence[str] = ()) -> tuple[list[str], Callable[[str], Any]]:
     """`__all__` and `__getattr__` (PEP 562) of a room.
 
     Args:
         room: its `__name__`.
         where: {name: module of the room that has it}.
+        before: modules of the package that had the room's name together, before there were rooms: their names are found too.
     """
 
     def find(name: str) -> Any:
-        if name not in where:
-            raise AttributeError(f"module {room!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{room}.{where[name]}"), name)
+        if name in where:
+            return getattr(importlib.import_module(f"{room}.{where[name]}"), name)
+        if not name.startswith("_") and importlib.util.find_spec(f"{room}.{name}") is not None:
+            return importlib.import_module(f"{room}.{name}")
+        for module in before if not name.startswith("__") else ():
+            found = importlib.import_module(f"alignkit.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
+        raise AttributeError(f"module {room!r} has no attribute {name!r}")
 
     return sorted(where), find

@@ -9,4 +9,5 @@ __all__, __getattr__ = lazy.names(
         "PromptSampler": "tokens",
         "fingerprint": "dataset",
     },
+    ("data.dataset",),
 )

@@ -9,4 +9,5 @@ __all__, __getattr__ = lazy.names(
         "first_error": "steps",
         "status": "steps",
     },
+    ("jobs.steps",),
 )

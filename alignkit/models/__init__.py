@@ -10,4 +10,5 @@ __all__, __getattr__ = lazy.names(
         "load_reward": "loading",
         "resolve_model": "source",
     },
+    ("models.loading", "models.config", "models.score_heads", "models.loaded"),
 )

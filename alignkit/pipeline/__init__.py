@@ -8,4 +8,5 @@ __all__, __getattr__ = lazy.names(
         "run_pipeline": "stage",
         "run_stage": "stage",
     },
+    ("pipeline.stage", "pipeline.inputs"),
 )

@@ -8,4 +8,5 @@ __all__, __getattr__ = lazy.names(
         "RunFolder": "summary",
         "summarize": "summary",
     },
+    ("report.summary",),
 )
