@@ -25,7 +25,7 @@ import time
 import uuid
 from pathlib import Path
 
-from kill_resume import STEPS, Life, Run, prepare, raw_rows
+from kill_resume import STEPS, Life, Run, prepare, raw_rows, steps_of
 
 WITHIN = 60.0  # seconds until a run whose process was killed has ended, or goes on
 MARK = "ALIGNKIT_DRILL"  # in the environment of all that a command starts
@@ -86,11 +86,12 @@ def kill(run: Run, aim: tuple[str, ...], life: Life, draw: random.Random) -> tup
     process = subprocess.Popen(
         run.command, env=os.environ | {MARK: mark}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    early, share = draw.random() < 0.4, draw.random()  # while it starts, or in its steps
-    moment = time.time() + (share * life.birth if early else life.birth + share * (life.left(saved) - life.birth))
+    started, early = time.time(), draw.random() < 0.4  # while it starts, or after some of its steps
+    moment, steps = started + draw.random() * life.birth, draw.randint(1, max(1, STEPS - saved - 3))
     while process.poll() is None:
         found = {role: pid for pid, role in processes(mark, process.pid).items()}
-        if time.time() >= moment and all(role in found for role in aim):
+        due = time.time() >= moment if early else len(steps_of(run.path, started)) >= steps
+        if due and all(role in found for role in aim):
             break
         time.sleep(0.02)
     else:
