@@ -42,6 +42,7 @@ def sweep(run_dir: Path) -> None:
 
     A stage that stops early or fails leaves by no other door.
     """
+    lock.end_servers(run_dir)
     shutil.rmtree(lock.sockets(run_dir), ignore_errors=True)
     for pattern in ("sync-*", "checkpoints/*.partial", "checkpoints/partial"):
         for left in run_dir.glob(pattern):

@@ -8,7 +8,8 @@ import pytest
 
 from alignkit.rollout.base import Context
 from alignkit.rollout.guard import KeyGuard
-from alignkit.rollout.server import Server, serve_command
+from alignkit.rollout.serve import serve_command
+from alignkit.rollout.server import Server
 
 
 async def answer(scope, receive, send):

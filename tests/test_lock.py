@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -84,3 +85,18 @@ def test_a_moved_folder_is_still_held(tmp_path):
     with lock.lock(inside):
         os.rename(inside, tmp_path / "two")
         assert lock.is_held(tmp_path / "two")
+
+
+def test_what_servers_of_a_dead_run_left_is_ended_and_nothing_else(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "other").mkdir()
+    started = {
+        name: subprocess.Popen(["sleep", "300"], env=os.environ | {lock.SERVERS: lock.sockets(tmp_path / name).name})
+        for name in ("mine", "other")
+    }
+    threading.Thread(target=started["mine"].wait).start()  # or it stays a zombie
+    assert lock.end_servers(tmp_path / "mine") == [started["mine"].pid]
+    assert lock.end_servers(tmp_path / "mine") == []
+    assert started["other"].poll() is None
+    started["other"].kill()
+    started["other"].wait()

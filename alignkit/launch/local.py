@@ -16,6 +16,7 @@ from pathlib import Path
 from alignkit.core.errors import InputError, RunError
 from alignkit.core.fields import num
 from alignkit.launch import ALLOCATOR
+from alignkit.runs import lock
 from alignkit.tracking.console import follow
 from alignkit.tracking.run_log import PROGRESS
 
@@ -101,6 +102,7 @@ class Local:
                 raise
             finally:
                 end_group(process)
+                lock.end_servers(run_dir)
                 for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # of ranks killed early
                     buffer.unlink(missing_ok=True)
 

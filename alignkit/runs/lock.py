@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -22,6 +23,7 @@ from typing import IO
 from alignkit.core.errors import InputError
 
 LOCK, RANKS = ".lock", ".ranks"
+SERVERS = "ALIGNKIT_SERVERS"  # in the environment of a run's servers: `sockets` of its folder
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what a file system without them answers
 PATIENCE = 1.0  # seconds: a command that only asks whether a folder is held holds it for a moment
 
@@ -82,6 +84,34 @@ def sockets(folder: Path) -> Path:
     """Where the sockets of a run's servers lie: a name of a socket has 107 bytes at most, and a run's folder may be deep."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"alignkit-{os.getuid()}-{name}"
+
+
+def end_servers(folder: Path, patience: float = 10.0) -> list[int]:
+    """Kill what a run's servers, and those that they started, left behind on this machine, and wait for it; who it was.
+
+    A server that is killed leaves its engine without a parent. All that it starts has `SERVERS` in its environment.
+    """
+    end, found = time.monotonic() + patience, set[int]()
+    while (left := _with(f"{SERVERS}={sockets(folder).name}")) and time.monotonic() < end:
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        found |= set(left)
+        time.sleep(0.05)
+    return sorted(found)
+
+
+def _with(variable: str) -> list[int]:
+    """The processes, not yet ended, that were started with a variable in their environment; as far as this user may see."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in path.read_bytes().split(b"\0"):
+                state = (
+                    (path.parent / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+                )
+                found += [int(path.parts[2])] if state not in "ZX" else []
+    return found
 
 
 def is_held(folder: Path) -> bool:
