@@ -78,6 +78,7 @@ def main(cfg: Evaluate, world: World, log: RunLog) -> tuple[dict, dict]:
             bar.update(version, **{name: float(scored.scores.mean())})
             del hf, roles
     if sampler is not None:
+        world.barrier()  # servers answer until the last rank has its answers
         sampler.close()
 
     # 3. Means with intervals, differences to the reference prompt by prompt.

@@ -237,6 +237,7 @@ def main(cfg: PPO, world: World, log: RunLog) -> tuple[dict, dict]:
     with saving.beside(cfg.run_dir / "model"):
         if world.rank == 0:
             tokens.save_tokenizer(tokenizer, cfg.run_dir / "model")
+        world.barrier()  # servers answer until the last rank has its answers
         sampler.close()
     log.note(clock.describe())
     facts["adapter"] = (cfg.run_dir / "model" / "adapter_config.json").is_file()

@@ -65,6 +65,7 @@ def main(cfg: Sample, world: World, log: RunLog) -> tuple[dict, dict]:
                 pairs=kept * world.size,
                 score=sum(answered) / len(answered),
             )
+    world.barrier()  # servers answer until the last rank has its answers
     sampler.close()
 
     # 3. Write the pairs of all ranks in the order of the prompts.
