@@ -20,7 +20,7 @@ from alignkit.check.contents import address, check_contents, contents
 from alignkit.cli import entry as cli
 from alignkit.config import stages
 from alignkit.core.errors import InputError, RunError
-from alignkit.jobs import resume
+from alignkit.jobs import resume, steps
 from alignkit.models.source import resolve_model
 from alignkit.pipeline import lineage, sharing, sweep
 from alignkit.pipeline import stage as pipeline
@@ -516,3 +516,19 @@ def test_a_folder_that_cannot_be_written_is_refused_by_who_waits_for_a_turn(tmp_
         sharing.turn(tmp_path / "runs", "a", "sft", tmp_path),
     ):
         pass
+
+
+def test_the_ranks_themselves_and_a_job_that_begins_compare_what_lies_there(work):
+    cfg = typed("sft", "run_name=mine", "logger=none")
+    found = contents(cfg)
+    cfg.run_dir.mkdir(parents=True)
+    pipeline.open_run(cfg, "queued", {"inputs": {}, "contents": found, "address": "a", "checked": found})
+    write_rows(Path("answers.jsonl"), {"prompt": "later", "completion": "later"})
+    rank = subprocess.run(
+        [sys.executable, "-m", "alignkit.worker", "sft", str(cfg.run_dir)],
+        env=os.environ | {"RANK": "0"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert rank.returncode == 2 and "data.path=answers.jsonl changed since the command read it" in rank.stderr
+    with pytest.raises(InputError, match="changed since the command that queued it read it"):
+        steps.job_step("begin", cfg.run_dir)
+    assert (manifests.read_manifest(cfg.run_dir) or {})["status"] == "failed"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-# {name: (sum, count)}: ranks add sums and counts, and divide once. See `engine.reduce_metrics`.
+# {name: (sum, count)}: ranks add sums and counts, and divide once. See `training.engine.World.reduce_metrics`.
 Metrics = dict[str, tuple[Any, Any]]
 # One chat message, {"role": ..., "content": ...}; a conversation is a list of them.
 Message = dict[str, str]

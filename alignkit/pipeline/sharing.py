@@ -21,7 +21,7 @@ from typing import Any
 from alignkit.core.errors import InputError
 from alignkit.runs import hashes, manifests
 from alignkit.runs.environment import git_commit, versions
-from alignkit.runs.lock import NO_LOCKS
+from alignkit.runs.lock import NO_LOCKS, open_in
 
 UNDER_WAY = ("queued", "running", "saved")
 
@@ -80,14 +80,7 @@ def turn(
     `doing`: what the other one does, as it is said to the user.
     """
     folder = runs_dir / ".addresses"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / wanted).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error}): choose another runs_dir=, or mend its rights"
-        ) from None
-    with opened as file:
+    with open_in(folder, wanted) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

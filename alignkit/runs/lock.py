@@ -35,14 +35,7 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it, its ranks among them, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error}): choose another runs_dir=, or mend its rights"
-        ) from None
-    with opened as file:
+    with open_in(folder, LOCK) as file:
         os.set_inheritable(file.fileno(), True)
         if not _take(file, folder) or _is_taken(folder / RANKS):
             raise InputError(f"{folder} is in use by {holder(folder)}: wait for it, or choose another run_name=")
@@ -52,6 +45,21 @@ def lock(folder: Path) -> Iterator[None]:
         )
         file.flush()
         yield
+
+
+def open_in(folder: Path, name: str) -> IO[str]:
+    """A file to be locked, in a folder that is made for it.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / name).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error}): choose another runs_dir=, or mend its rights"
+        ) from None
 
 
 def _take(file: IO[str], folder: Path) -> bool:

@@ -147,7 +147,7 @@ def careful(
     """TRL's trainer `cls` with three things more, for which it has no callback.
 
     Args:
-        facts: `artifacts.describe` of the stage, for the checkpoints' manifests.
+        facts: `models.source.describe` of the stage, for the checkpoints' manifests.
         complete: called by every rank with the model and the folder of a model that is written: what TRL leaves out.
 
     A step counts every row once: the rows that fill up the last batch of an epoch for the other ranks are taken out, the

@@ -7,7 +7,7 @@
     SFT and reward:        what transformers' Trainer writes
     model/  manifest.json  config.yaml
                            the model of that step as the stage's own `model/` would be, so that a checkpoint is taken as
-                           a model like a finished stage (`artifacts.describe_checkpoint`); those of older runs have none
+                           a model like a finished stage (`runs.manifests.describe_checkpoint`); those of older runs have none
 
 The name of a folder appears with a rename once all of it is on disk, so a kill while it is written leaves a `.partial` one.
 PPO's holds whole tensors, whatever the number of ranks and the ZeRO stage were, so another number of ranks goes on from it.
